@@ -1,0 +1,58 @@
+"""Local files that appear whole or not at all."""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames and new names inside ``directory`` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the content of ``path`` and its name survive a power cut."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+    fsync_directory(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``: a reader sees the old bytes or the new ones, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Give a finished directory its final name in one step.
+
+    Every file is flushed first. If ``final`` exists already, the other writer was faster and did
+    the same work: ours is dropped.
+    """
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        shutil.rmtree(temporary)
+        return
+    fsync_directory(final.parent)

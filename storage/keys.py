@@ -1,0 +1,187 @@
+"""What makes two labels the same: specs, keys and the seeds derived from them.
+
+A key is the digest of a payload that lists everything that can change a label and nothing that
+cannot. Prompt text, dataset, batch size, parallelism, shard size and host are provenance, not
+identity. ``docs/format.md`` section 2 is the specification.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, Field
+
+from storage.config import Config
+from storage.errors import UnstableValueError
+
+KEY_VERSION = 1
+"""Part of every label set key; raised when the payload of a key changes its meaning."""
+
+KEY_HEX_DIGITS = 32
+"""A key is the first 128 bits of a SHA-256, written in lower-case hex."""
+
+Ids = Sequence[int] | npt.NDArray[np.integer]
+
+
+class TeacherFingerprint(Config):
+    """Which teacher, by content: two copies of a checkpoint under different names are equal."""
+
+    weights: str
+    """Digest over the bytes of all weight files."""
+    config: str
+    """Digest of the model's ``config.json`` without the fields that only record its origin."""
+    quantization: str | None = None
+    """Name of an on-the-fly quantisation method; ``None`` loads the weights as stored."""
+    adapters: tuple[str, ...] = ()
+    """Digests of LoRA adapters, in the order of application."""
+    trust_remote_code: bool = False
+    """Whether code shipped with the model may run; such code can change every label."""
+
+
+class SamplingSpec(Config):
+    """How responses are drawn. Soft labels are at temperature 1 whatever stands here."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    max_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+
+
+class GenerationSpec(Config):
+    """Everything that decides which tokens are labelled, and with which distribution."""
+
+    teacher: TeacherFingerprint
+    mode: Literal["generate", "score"]
+    compute_dtype: str
+    """Dtype of the trunk, such as ``bfloat16``."""
+    head_dtype: str
+    """Dtype of the final projection; log-softmax is always float32."""
+    sampling: SamplingSpec | None
+    """``None`` in score mode, where the responses are given."""
+    tokenizer: str | None = None
+    """Tokenizer digest, present only where stop strings make the tokenizer matter."""
+
+    @property
+    def key(self) -> str:
+        """The generation key: label sets that share it hold the same tokens."""
+        return key_of({"key_version": KEY_VERSION, "generation": self})
+
+
+class TopKSpec(Config):
+    """The k likeliest tokens of every position."""
+
+    type: Literal["topk"] = "topk"
+    k: int = Field(default=64, ge=1, le=1024)
+
+
+class LabelSetSpec(Config):
+    """The request that a label set answers. Its digest is the address of the set."""
+
+    generation: GenerationSpec
+    kind: TopKSpec
+    columns: tuple[str, ...]
+    """Optional label columns, sorted: ``entropy``."""
+    tail: Literal["exact", "topk"]
+    """``exact``: the tail mass was summed over the full vocabulary in the engine;
+    ``topk``: derived as one minus the mass of the top-k."""
+    vocab_size: int
+    """Effective vocabulary: ids at or above it cannot occur."""
+
+    @property
+    def key(self) -> str:
+        """The label set key."""
+        return key_of({"key_version": KEY_VERSION, "label_set": self})
+
+
+def canonical_json(value: object) -> str:
+    """Serialise ``value`` to the one text that a key hashes.
+
+    Mappings are sorted by key, floats are written by ``repr`` of their shortest round trip and
+    integers that happen to be floats stay floats, so equal values give equal text on every
+    platform and in every field order.
+
+    Raises:
+        UnstableValueError: for anything without a stable form (objects, callables, NaN, infinity,
+            keys that are not strings). Falling back to ``str(value)`` would put a memory address
+            into the key and silently miss the cache.
+    """
+    return json.dumps(_stable(value, "$"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _stable(value: object, path: str) -> object:
+    if isinstance(value, BaseModel):
+        return _stable({name: getattr(value, name) for name in type(value).model_fields}, path)
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise UnstableValueError(f"{path} must be finite to enter a key, got {value!r}")
+        return value + 0.0  # -0.0 and 0.0 are one value
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise UnstableValueError(f"{path} has the key {name!r}; keys must be strings")
+        return {name: _stable(item, f"{path}.{name}") for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_stable(item, f"{path}[{index}]") for index, item in enumerate(value)]
+    raise UnstableValueError(
+        f"{path} is a {type(value).__name__}, which has no stable form to enter a key; "
+        "use text, numbers, booleans, lists and mappings"
+    )
+
+
+def key_of(payload: object) -> str:
+    """Digest of ``canonical_json(payload)``: ``KEY_HEX_DIGITS`` lower-case hex digits."""
+    return hashlib.sha256(canonical_json(payload).encode()).hexdigest()[:KEY_HEX_DIGITS]
+
+
+def prompt_key(prompt_ids: Ids) -> str:
+    """Digest of the token ids of a prompt."""
+    return _digest_of_ids("prompt", prompt_ids)
+
+
+def sample_key(
+    prompt_ids: Ids,
+    sample_index: int,
+    *,
+    response_ids: Ids | None = None,
+    label_mask: Ids | npt.NDArray[np.bool_] | None = None,
+) -> str:
+    """Address of one sample: the same in every dataset, order, batch and world size.
+
+    Args:
+        prompt_ids: int[P], tokens given to the teacher.
+        sample_index: Number of the response to this prompt, from 0.
+        response_ids: int[R], the given response in score mode; ``None`` when it is generated.
+        label_mask: bool[R], which response tokens are labelled; ``None`` for all.
+    """
+    parts: list[Ids] = [prompt_ids, [sample_index]]
+    if response_ids is not None:
+        mask = np.ones(len(response_ids)) if label_mask is None else np.asarray(label_mask)
+        parts += [response_ids, mask.astype(np.int64)]
+    return _digest_of_ids("sample", *parts)
+
+
+def sampling_seed(seed: int, key: str) -> int:
+    """Seed of one sample in [0, 2**63): from the request's seed and the sample key only."""
+    digest = hashlib.sha256(f"distillcache seed\0{seed}\0{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _digest_of_ids(domain: str, *parts: Ids) -> str:
+    """Hash integer lists; lengths go in first, so two splits of the same ids differ."""
+    state = hashlib.sha256(f"distillcache {domain} v1\0".encode())
+    for part in parts:
+        array = np.asarray(part, dtype="<i8")
+        state.update(array.size.to_bytes(8, "little"))
+        state.update(array.tobytes())
+    return state.hexdigest()[:KEY_HEX_DIGITS]

@@ -1,0 +1,60 @@
+"""The Arrow schemas of the two files of a shard (``docs/format.md`` section 4)."""
+
+from typing import Final
+
+import pyarrow as pa
+
+from storage.keys import LabelSetSpec
+from storage.labels import LABEL_KINDS
+
+FORMAT_VERSION: Final = 0
+"""Version 0 is unstable: it may change without a way to read old shards."""
+
+SCALAR_FIELDS = [
+    pa.field("sample", pa.int32(), nullable=False),
+    pa.field("position", pa.int32(), nullable=False),
+    pa.field("token_id", pa.int32(), nullable=False),
+    pa.field("token_logprob", pa.float32(), nullable=False),
+    pa.field("token_rank", pa.int32(), nullable=False),
+    pa.field("log_tail_mass", pa.float32(), nullable=False),
+]
+
+OPTIONAL_SCALAR_FIELDS = {
+    "entropy": pa.field("entropy", pa.float32(), nullable=False),
+}
+
+
+def labels_schema(spec: LabelSetSpec) -> pa.Schema:
+    """Schema of ``*.labels.arrow``: one row per labelled position."""
+    optional = [OPTIONAL_SCALAR_FIELDS[name] for name in spec.columns]
+    kind = LABEL_KINDS[spec.kind.type](spec.kind)
+    return pa.schema(SCALAR_FIELDS + optional + kind.fields(), metadata=_metadata(spec, "labels"))
+
+
+def samples_schema(spec: LabelSetSpec) -> pa.Schema:
+    """Schema of ``*.samples.arrow``: one row per sample."""
+    fields = [
+        pa.field("sample_key", pa.string(), nullable=False),
+        pa.field("prompt_key", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("first_row", pa.int32(), nullable=False),
+        pa.field("num_rows", pa.int32(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_ids", pa.list_(pa.int32())),
+        pa.field("label_mask", pa.list_(pa.bool_())),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("stop_reason", pa.string()),
+    ]
+    return pa.schema(fields, metadata=_metadata(spec, "samples"))
+
+
+def _metadata(spec: LabelSetSpec, table: str) -> dict[str, str]:
+    return {
+        "distillcache.format": str(FORMAT_VERSION),
+        "distillcache.table": table,
+        "distillcache.label_set": spec.key,
+        "distillcache.k": str(spec.kind.k),
+        "distillcache.vocab_size": str(spec.vocab_size),
+        "distillcache.logprob_steps_per_nat": "256",
+    }

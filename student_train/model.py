@@ -1,0 +1,124 @@
+"""The student as a module: loading, pruning, and the forward pass that ends in a loss."""
+
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from storage.errors import ConfigError
+from storage.files import publish_directory
+from student_train.config import HybridLossConfig
+from student_train.data import MicroBatch
+from student_train.errors import PreflightError
+from student_train.losses import LOSSES
+from student_train.losses.base import LossTerms, load
+
+TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load_causal_lm(directory: str, dtype: str) -> Any:
+    """Load a causal language model from a local directory, safetensors only, no foreign code."""
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=TORCH_DTYPES[dtype], local_files_only=True, use_safetensors=True
+    )
+
+
+class Student(nn.Module):
+    """A causal language model whose forward pass returns the loss of a micro-batch.
+
+    Hidden states of the supervised positions go straight into the fused loss; the full logits
+    never exist.
+
+    Args:
+        language_model: Any causal model of transformers with a linear output embedding.
+        loss: The objective.
+        vocab_size: Effective vocabulary of the labels.
+
+    Raises:
+        PreflightError: if the model's head is not a plain linear map or its vocabulary too small.
+    """
+
+    def __init__(self, language_model: Any, loss: HybridLossConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self._loss = loss
+        self._vocab_size = vocab_size
+        head = language_model.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise PreflightError("the student's lm_head has a bias, which is not supported yet")
+        config = language_model.config
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise PreflightError(
+                    f"the student transforms its logits ({name}={getattr(config, name)}), "
+                    "which is not supported yet"
+                )
+        if head.weight.shape[0] < vocab_size:
+            raise PreflightError(
+                f"the student's vocabulary has {head.weight.shape[0]} rows, the labels use "
+                f"{vocab_size}; choose a student with the teacher's tokenizer"
+            )
+
+    def forward(self, batch: MicroBatch) -> LossTerms:
+        """Loss of a micro-batch, summed over its supervised positions."""
+        hidden_BTH = self.language_model.base_model(
+            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
+        ).last_hidden_state
+        hidden_MH = hidden_BTH.flatten(0, 1).index_select(0, batch.rows_M)
+        terms = load(LOSSES[self._loss.type])(  # type: ignore[operator]
+            hidden_MH,
+            self.language_model.get_output_embeddings().weight,
+            batch.labels,
+            self._loss,
+            vocab_size=self._vocab_size,
+        )
+        assert isinstance(terms, LossTerms)
+        return terms
+
+    def anchor(self) -> Tensor:
+        """A zero that depends on every parameter: the loss of a rank without a micro-batch."""
+        parameters = (p for p in self.parameters() if p.requires_grad)
+        return torch.stack([p.flatten()[0] * 0.0 for p in parameters]).sum()
+
+
+def prune_layers(source: Path, keep: Sequence[int], output: Path) -> None:
+    """Write a copy of a model that keeps some decoder layers, renumbered from 0.
+
+    Embeddings, final norm, head, tokenizer and chat template are copied unchanged. The directory
+    appears whole or not at all.
+
+    Raises:
+        ConfigError: if a layer does not exist or the model has no ``model.layers``.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=AutoConfig.from_pretrained(source).dtype,
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(f"{str(source)!r} has no list of decoder layers to prune")
+    wrong = [index for index in keep if not 0 <= index < len(layers)]
+    if wrong:
+        raise ConfigError(f"keep_layers {wrong} do not exist: the model has {len(layers)} layers")
+    model.base_model.layers = nn.ModuleList([layers[index] for index in keep])
+    for index, layer in enumerate(model.base_model.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    model.config.num_hidden_layers = len(keep)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[index] for index in keep]
+    temporary = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(temporary)
+        publish_directory(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

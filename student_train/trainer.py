@@ -1,0 +1,162 @@
+"""The training loop. One call per rank; a launcher (Ray Train, torchrun, none) sets the ranks."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storage.keys import key_of
+from student_train.checkpoint import Checkpoints
+from student_train.config import TrainJob
+from student_train.data import LabelReader, StepPlan, collate, plan_epoch
+from student_train.engine import initialize, prepare_process, sum_over_ranks, world
+from student_train.export import export_student
+from student_train.losses.base import LossTerms
+from student_train.model import Student, load_causal_lm
+from student_train.preflight import check_student_fits_labels
+from student_train.schedules import learning_rate
+
+METRICS_FILE = "metrics.jsonl"
+MODEL_DIRECTORY = "model"
+
+
+def train_student(job: TrainJob) -> None:
+    """Train one student from cached labels and export it to ``<output>/model``.
+
+    Resumes from the last checkpoint of the same job. Each optimiser step adds one line to
+    ``metrics.jsonl``: sums over all ranks divided by the global number of supervised tokens.
+
+    Raises:
+        PreflightError: if student and labels do not fit.
+        NotLabelledError: if the label set lacks samples.
+        NonFiniteLossError: if a loss is not finite.
+    """
+    prepare_process(job.threads)
+    torch.manual_seed(job.train.seed)
+    reader = LabelReader(job.labels)
+    check_student_fits_labels(job.model, job.tokenizer, reader)
+    plans = [plan for epoch in range(job.train.epochs) for plan in _plan(reader, job, epoch)]
+    # float32 weights in every case: DeepSpeed makes the bfloat16 copy and keeps the masters
+    language_model = load_causal_lm(job.model, "float32")
+    student = Student(language_model, job.train.loss, reader.vocab_size)
+    engine = initialize(student, job.train)
+    rank, world_size = world()
+    output = Path(job.output)
+    checkpoints = Checkpoints(
+        output / "checkpoints",
+        {"job": key_of([job.train, job.labels, job.model]), "world_size": str(world_size)},
+    )
+    first = checkpoints.load(engine)
+    log = MetricsLog(output / METRICS_FILE, first) if rank == 0 else None
+    for step in range(first, len(plans)):
+        metrics = _train_step(engine, student, reader, job, plans, step)
+        if log is not None:
+            log.add(metrics)
+        done = step + 1
+        if done % job.train.checkpoint_every_steps == 0 and done < len(plans):
+            checkpoints.save(engine, done, rank)
+    if rank == 0:
+        facts = {
+            **job.card,
+            "samples": str(len(reader.selection.requests)),
+            "supervised tokens per epoch": str(int(reader.num_rows.sum())),
+            "epochs": str(job.train.epochs),
+            "optimizer steps": str(len(plans)),
+        }
+        export_student(
+            student.language_model,
+            source=Path(job.model),
+            output=output / MODEL_DIRECTORY,
+            card=facts,
+        )
+        checkpoints.remove()
+    torch.distributed.barrier()
+
+
+def _plan(reader: LabelReader, job: TrainJob, epoch: int) -> list[StepPlan]:
+    return plan_epoch(
+        reader.num_rows, reader.num_tokens, job.train.batch, seed=job.train.seed, epoch=epoch
+    )
+
+
+def _train_step(
+    engine: Any,
+    student: Student,
+    reader: LabelReader,
+    job: TrainJob,
+    plans: list[StepPlan],
+    step: int,
+) -> dict[str, float]:
+    """One optimiser step over all ranks; returns its globally reduced metrics."""
+    started = time.perf_counter()
+    plan = plans[step]
+    rank, world_size = world()
+    lr = learning_rate(job.train.optimizer, step, len(plans))
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    # DeepSpeed averages over ranks; times the world size over the global count is the mean
+    scale = world_size / plan.num_supervised
+    sums = dict.fromkeys(("loss", "soft", "hard", "soft_weight", "agreement"), 0.0)
+    rounds = list(_rounds(plan, rank, world_size))
+    waited = 0.0
+    for number, indices in enumerate(rounds):
+        engine.set_gradient_accumulation_boundary(number == len(rounds) - 1)
+        if indices is None:
+            engine.backward(student.anchor())
+        else:
+            before = time.perf_counter()
+            batch = collate(reader.read(indices), job.train.loss.hard).to(engine.device)
+            waited += time.perf_counter() - before
+            terms = engine(batch)
+            engine.backward(terms.total * scale)
+            _add(sums, terms, batch.labels.topk_ids_MK[:, 0])
+        engine.step()
+    totals = sum_over_ranks({**sums, "data_wait_s": waited})
+    return {
+        "step": step + 1,
+        "total_steps": len(plans),
+        "lr": lr,
+        **{name: totals[name] / plan.num_supervised for name in sums},
+        "supervised_tokens": plan.num_supervised,
+        "tokens": plan.num_tokens,
+        "seconds": time.perf_counter() - started,
+        "data_wait_s": totals["data_wait_s"] / world_size,
+    }
+
+
+def _rounds(plan: StepPlan, rank: int, world_size: int) -> Iterator[tuple[int, ...] | None]:
+    """This rank's micro-batches; None where other ranks still have one, so all step together."""
+    for start in range(0, len(plan.micro_batches), world_size):
+        place = start + rank
+        yield plan.micro_batches[place] if place < len(plan.micro_batches) else None
+
+
+def _add(sums: dict[str, float], terms: LossTerms, teacher_argmax_M: torch.Tensor) -> None:
+    sums["loss"] += float(terms.total.detach())
+    sums["soft"] += float(terms.soft_M.sum())
+    sums["hard"] += float(terms.hard_M.sum())
+    sums["soft_weight"] += float(terms.soft_weight_M.sum())
+    sums["agreement"] += float((terms.student_argmax_M == teacher_argmax_M).sum())
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one line per optimiser step, each step once, also after a crash.
+
+    Args:
+        path: The file.
+        finished_steps: Steps that the loaded checkpoint contains; later lines are dropped.
+    """
+
+    def __init__(self, path: Path, finished_steps: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = path.read_text().splitlines()[:finished_steps] if path.exists() else []
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Append one line and make it visible to readers."""
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()

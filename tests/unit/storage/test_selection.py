@@ -1,0 +1,121 @@
+"""Selections: ordered lists of samples, keyed by content and verified on loading."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from storage.errors import FormatError, LabelStoreError
+from storage.keys import sample_key
+from storage.objects import Objects
+from storage.selection import SELECTION_SCHEMA, SampleRequest, Selection, Source, load_selection
+
+
+def request(number: int, *, response: list[int] | None = None, sources: int = 1) -> SampleRequest:
+    prompt_P = np.array([number, 7, 8], dtype=np.int32)
+    response_R = None if response is None else np.array(response, dtype=np.int32)
+    return SampleRequest(
+        key=sample_key(prompt_P, 0, response_ids=response_R),
+        sample_index=0,
+        prompt_ids_P=prompt_P,
+        response_ids_R=response_R,
+        sources=tuple(Source("train.jsonl", 1 + n, f"id-{number}-{n}") for n in range(sources)),
+    )
+
+
+SELECTION = Selection((request(3), request(1, sources=2), request(2, response=[4, 5])))
+
+
+def test_a_selection_loads_as_it_was_saved(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    found = load_selection(objects, SELECTION.save(objects))
+    assert found.key == SELECTION.key
+    for one, other in zip(found.requests, SELECTION.requests, strict=True):
+        assert (one.key, one.sample_index, one.sources) == (
+            other.key,
+            other.sample_index,
+            other.sources,
+        )
+        np.testing.assert_array_equal(one.prompt_ids_P, other.prompt_ids_P)
+    assert found.requests[0].response_ids_R is None
+    np.testing.assert_array_equal(found.requests[2].response_ids_R, [4, 5])
+
+
+def test_saving_twice_changes_nothing(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    key = SELECTION.save(objects)
+    before = (tmp_path / "selections" / f"{key}.arrow").read_bytes()
+    assert SELECTION.save(objects) == key
+    assert (tmp_path / "selections" / f"{key}.arrow").read_bytes() == before
+
+
+def test_an_empty_selection_is_a_selection(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    assert load_selection(objects, Selection(()).save(objects)).sample_keys == []
+
+
+def test_order_samples_and_sources_are_the_content() -> None:
+    first, second, third = SELECTION.requests
+    others = [
+        Selection((second, first, third)),
+        Selection((first, second)),
+        Selection((replace(first, sources=(Source("train.jsonl", 9, "id"),)), second, third)),
+    ]
+    assert len({SELECTION.key, *(other.key for other in others)}) == 4
+
+
+def test_an_unknown_selection_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LabelStoreError, match="selection abc is not in store"):
+        load_selection(Objects(str(tmp_path)), "abc")
+
+
+def test_a_renamed_selection_is_refused(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    path = tmp_path / "selections" / f"{SELECTION.save(objects)}.arrow"
+    path.rename(path.with_name("f.arrow"))
+    with pytest.raises(FormatError, match="its content does not have the key f"):
+        load_selection(objects, "f")
+
+
+def test_other_token_ids_under_a_sample_key_are_refused(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    forged = replace(SELECTION.requests[0], prompt_ids_P=np.array([9, 9, 9], dtype=np.int32))
+    key = Selection((forged,)).save(objects)
+    with pytest.raises(FormatError, match="its content does not have the key"):
+        load_selection(objects, key)
+
+
+def test_another_schema_is_refused(tmp_path: Path) -> None:
+    sink = pa.BufferOutputStream()
+    schema = SELECTION_SCHEMA.remove(SELECTION_SCHEMA.get_field_index("source_id"))
+    with pa.ipc.new_file(sink, schema):
+        pass
+    objects = Objects(str(tmp_path))
+    objects.create("selections/f.arrow", sink.getvalue().to_pybytes())
+    with pytest.raises(FormatError, match="does not have the schema of a selection"):
+        load_selection(objects, "f")
+
+
+def test_no_flipped_bit_changes_a_selection_that_is_served(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    key = SELECTION.save(objects)
+    path = tmp_path / "selections" / f"{key}.arrow"
+    whole, refused = path.read_bytes(), 0
+    generator = random.Random(0)
+    for _ in range(300):
+        damaged, bit = bytearray(whole), generator.randrange(len(whole) * 8)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(damaged)
+        try:
+            found = load_selection(objects, key)
+        except FormatError:
+            refused += 1
+        else:
+            assert found.key == key
+            assert [r.prompt_ids_P.tolist() for r in found.requests] == [
+                r.prompt_ids_P.tolist() for r in SELECTION.requests
+            ]
+    assert refused > 100
