@@ -99,6 +99,17 @@ class Objects:
                 fsync_directory(self.root / parent)
         return True
 
+    def delete(self, path: str) -> None:
+        """Remove an object; nothing that a commit record names is ever removed this way.
+
+        Raises:
+            LabelStoreError: if it cannot be removed.
+        """
+        try:
+            obstore.delete(self._existing(), path)
+        except (BaseError, OSError) as error:
+            raise LabelStoreError(f"cannot remove {self.uri}/{path}: {_reason(error)}") from error
+
     def paths(self, prefix: str) -> Iterator[str]:
         """Paths of all objects below ``prefix/``, sorted.
 
@@ -126,6 +137,11 @@ class Objects:
         except (BaseError, OSError) as error:
             raise LabelStoreError(f"cannot list {self.uri}/{prefix}: {_reason(error)}") from error
         return sorted(path.rsplit("/", 1)[-1] for path in listing["common_prefixes"])
+
+    def _existing(self) -> ObjectStore:
+        if self._store is None:
+            raise LabelStoreError(f"store {self.uri!r} does not exist")
+        return self._store
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """What both sides must know of a tokenizer, as plain data: which text has which id."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from storage.errors import ConfigError
@@ -33,3 +34,24 @@ def effective_vocab_size(directory: Path) -> int:
         ConfigError: as :func:`token_map`.
     """
     return max(token_map(directory).values()) + 1
+
+
+class TokenDecoder:
+    """Token ids as text, for people to read.
+
+    Args:
+        directory: Directory of a tokenizer with a ``tokenizer.json``.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of several tokens, special tokens included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def token(self, token_id: int) -> str:
+        """The text of one token alone; half a character shows as U+FFFD."""
+        return self.text([token_id])

@@ -1,6 +1,7 @@
 """A shard is read as it was written, or not at all; and anybody's Arrow reader can open it."""
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -272,3 +273,13 @@ def test_other_readers_open_the_samples_file(tmp_path: Path) -> None:
     assert pl.read_ipc(path)["sample_key"].to_list() == expected
     assert pd.read_feather(path)["sample_key"].tolist() == expected
     assert pd.read_feather(path)["prompt_ids"][3].tolist() == SAMPLES[3].prompt_ids_P.tolist()
+
+
+def test_the_examples_of_the_format_document_hold() -> None:
+    """They are plain Python with assertions, read from top to bottom."""
+    text = (Path(__file__).resolve().parents[3] / "docs" / "format.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(examples) == 4
+    names: dict[str, object] = {}
+    for example in examples:
+        exec(example, names)  # our own document

@@ -238,11 +238,13 @@ def test_of_a_sample_in_two_commits_the_lower_number_wins(tmp_path: Path) -> Non
 
 WRITERS = """
 import os, sys
+from storage.shard import encode_shard
 from storage.store import LabelStore
 from storage.testing import make_sample, make_spec
 
 spec = make_spec()
 samples = [make_sample(number, spec) for number in range(12)]
+encode_shard(samples, spec)  # pyarrow imports pandas at its first use
 waiting, start = os.pipe()
 for first in (0, 2, 4, 6):
     if os.fork() == 0:
@@ -260,7 +262,7 @@ sys.exit(max(os.wait()[1] for _ in range(4)))
 def test_concurrent_processes_store_every_sample_once(tmp_path: Path) -> None:
     """Four writers of samples 0-5, 2-7, 4-9 and 6-11 start together: 12 samples in all.
 
-    They are forks of a process that has only imported, which saves three imports.
+    They are forks of a process that has not touched a store yet, which saves three imports.
     """
     subprocess.run([sys.executable, "-c", WRITERS, str(tmp_path)], cwd=ROOT, check=True, timeout=50)
     labels = reopened(tmp_path)

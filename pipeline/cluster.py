@@ -1,0 +1,116 @@
+"""Ray: started when the first step has work, never before. Every process gets an explicit number
+of threads, and their sum never exceeds the machine."""
+
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from pipeline.config import ClusterConfig
+from pipeline.layout import check_layout
+from storage.errors import DistillError
+
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray otherwise turns token authentication on for some of its parts and not for others
+    "RAY_AUTH_MODE": "disabled",
+    # a loaded machine needs longer than the defaults of 30 and 60 s
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+QUIET_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+    # worker threads that wait must not burn the cores that others need
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+class Cluster:
+    """A lazy connection to Ray; a context manager that ends what it started.
+
+    Args:
+        config: Address and shares.
+    """
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._ray: Any = None
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._ray is not None:
+            self._ray.shutdown()
+
+    @property
+    def started(self) -> bool:
+        """Whether any step needed Ray so far."""
+        return self._ray is not None
+
+    @property
+    def ray(self) -> Any:
+        """The ray module, connected; the first access starts or joins the cluster."""
+        if self._ray is None:
+            for name, value in RAY_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            import ray
+
+            check_layout()
+            address = os.environ.get("RAY_ADDRESS") or self._config.address
+            local = address == "local"
+            ray.init(
+                address=address,
+                num_cpus=self.cpus if local else None,
+                include_dashboard=False if local else None,
+                log_to_driver=bool(os.environ.get("DISTILL_WORKER_LOGS")),
+                logging_level="error",
+                configure_logging=True,
+            )
+            self._ray = ray
+        return self._ray
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of this machine that may be used."""
+        return self._config.cpus or len(os.sched_getaffinity(0))
+
+    @property
+    def student_threads(self) -> int:
+        """CPU threads of one training process."""
+        return self._config.student_threads or max(1, self.cpus // self._config.student_workers)
+
+    def options(self, *, threads: int, gpus: float = 0, env: Mapping[str, str] = {}) -> Any:  # noqa: B006 - read only
+        """Ray options of a task or actor: its share of the machine and its environment."""
+        return {
+            "num_cpus": threads,
+            "num_gpus": gpus,
+            "runtime_env": {
+                "env_vars": {**QUIET_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **env}
+            },
+        }
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """The failure that a user can fix inside an error that travelled through Ray, or the error."""
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        if isinstance(current, DistillError):
+            return type(current)(str(current)) if hasattr(current, "cause") else current
+        seen.append(current)
+        current = getattr(current, "cause", None) or current.__cause__
+    return error

@@ -1,0 +1,19 @@
+"""Commands. To add one, write ``<name>.py`` here and add one line to ``COMMANDS``.
+
+The function's signature is the command line, its docstring the help. Everything heavy is imported
+inside the function, so that ``--help`` answers at once. Expected failures are raised as
+``DistillError`` and become exit code 2.
+"""
+
+COMMANDS = {
+    "run": "pipeline.commands.run:run",
+    "plan": "pipeline.commands.plan:plan",
+    "label": "pipeline.commands.label:label",
+    "train": "pipeline.commands.train:train",
+    "evaluate": "pipeline.commands.evaluate:evaluate",
+    "ls": "pipeline.commands.ls:ls",
+    "show": "pipeline.commands.show:show",
+    "verify": "pipeline.commands.verify:verify",
+    "doctor": "pipeline.commands.doctor:doctor",
+    "config": "pipeline.commands.config:app",
+}

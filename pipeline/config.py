@@ -1,0 +1,205 @@
+"""One YAML file describes a project. Loading, overriding and explaining what is wrong with it."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from storage.config import Config
+from storage.errors import ConfigError
+from student_train.config import EvaluateConfig, TrainConfig
+from teacher_server.config import DataConfig, LabelConfig, TeacherConfig
+
+Tree = dict[str, Any]
+Model = TypeVar("Model", bound=Config)
+
+
+class ClusterConfig(Config):
+    """Where the work runs. Nothing here changes a result beyond rounding."""
+
+    address: str = "local"
+    """``local`` starts Ray on this machine, ``auto`` joins the cluster this machine belongs to,
+    anything else is the address of a cluster. ``RAY_ADDRESS`` wins where it is set."""
+    cpus: int | None = Field(default=None, ge=1)
+    """CPUs that a local Ray may use; all by default."""
+    student_workers: int = Field(default=1, ge=1)
+    """Processes (ranks) that train one student."""
+    student_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of each of them; by default the CPUs are shared out evenly."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs of each training process; engines take ``teacher.backend.tensor_parallel``."""
+    teacher_gpus: bool = False
+    """Whether engines run on GPUs."""
+
+
+class RunConfig(Config):
+    """A distillation project. Sections that a command does not need may be absent."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the project: its folder below ``runs``."""
+    store: str
+    """URI of the label store, shared by all projects: a path, ``s3://``, ``gs://``, ``az://``."""
+    runs: str = "./runs"
+    """Directory of run folders: models, checkpoints, reports, events."""
+    data: DataConfig
+    """Prompts."""
+    teacher: TeacherConfig
+    """The model that labels."""
+    label: LabelConfig = LabelConfig()
+    """What is recorded for every token."""
+    train: TrainConfig | None = None
+    """What all students share."""
+    students: dict[str, Tree] = {}
+    """NAME: overrides of ``train``, such as ``{loss.weight.soft_weight: 0.0}``. Without any, one
+    student called ``student`` is trained as ``train`` says."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """What is measured on the held-out prompts."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Where the work runs."""
+
+    @field_validator("students")
+    @classmethod
+    def _plain_names(cls, students: dict[str, Tree]) -> dict[str, Tree]:
+        for name in students:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == "untrained":
+                raise ValueError(f"{name!r} cannot be the name of a student")
+        return students
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        for name, train in self.student_configs().items():
+            if train.loss.hard == "dataset" and self.label.mode != "score":
+                raise ValueError(
+                    f"student {name!r}: loss.hard 'dataset' needs label.mode 'score'; labels made "
+                    "by generating hold no dataset tokens"
+                )
+            if train.loss.hard == "sampled" and self.label.mode == "score":
+                raise ValueError(
+                    f"student {name!r}: loss.hard 'sampled' needs label.mode 'generate'; use "
+                    "'dataset' or 'argmax' with scored labels"
+                )
+        return self
+
+    def student_configs(self) -> dict[str, TrainConfig]:
+        """Every student's complete training configuration."""
+        if self.train is None:
+            if self.students:
+                raise ValueError("students are given but the section train is missing")
+            return {}
+        shared = self.train.model_dump(mode="json")
+        overrides = self.students or {"student": {}}
+        return {
+            name: validate(TrainConfig, merge(shared, change), f"students.{name}")
+            for name, change in overrides.items()
+        }
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a project from YAML and apply ``--set`` overrides from left to right.
+
+    Raises:
+        ConfigError: naming the key, what was wanted and found, and the nearest valid name.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read config {str(path)!r}: {error}") from error
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold a mapping, found {type(loaded).__name__}")
+    tree = expand_dotted_keys(loaded)
+    for override in overrides:
+        tree = merge(tree, _parse_override(override))
+    return validate(RunConfig, tree, str(path))
+
+
+def _parse_override(override: str) -> Tree:
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(f"--set {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+    return expand_dotted_keys({name.strip(): value})
+
+
+def expand_dotted_keys(tree: Mapping[str, Any]) -> Tree:
+    """``{"a.b": 1, "a": {"c": 2}}`` as ``{"a": {"b": 1, "c": 2}}``."""
+    expanded: Tree = {}
+    for name, value in tree.items():
+        inner = expand_dotted_keys(value) if isinstance(value, Mapping) else value
+        for part in reversed(str(name).split(".")):
+            inner = {part: inner}
+        expanded = merge(expanded, inner)
+    return expanded
+
+
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> Tree:
+    """``base`` with ``change`` on top. A section whose ``type`` changes starts anew: the options
+    of the old type mean nothing to the new one."""
+    merged = dict(base)
+    for name, value in change.items():
+        old = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            retyped = "type" in value and value["type"] != old.get("type", value["type"])
+            merged[name] = dict(value) if retyped else merge(old, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def validate(model: type[Model], tree: Mapping[str, Any], name: str) -> Model:
+    """Check a tree strictly.
+
+    Raises:
+        ConfigError: one line per problem, with the path of the key.
+    """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(model, problem) for problem in error.errors()]
+        raise ConfigError(f"{name}: " + "\n  ".join(dict.fromkeys(lines))) from error
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    where = ".".join(path) or "the configuration"
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(model, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
+        return f"unknown key {where!r}{hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {message}"
+    if problem["type"] == "missing":
+        return f"missing key {where!r}"
+    return f"{where}: {message}, found {problem.get('input')!r:.80}"
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """Names of the fields that a configuration has at a path, following unions."""
+    models: list[type[BaseModel]] = [model]
+    for part in path:
+        inner: list[type[BaseModel]] = []
+        for candidate in models:
+            field = candidate.model_fields.get(part)
+            if field is not None:
+                inner += _models_in(field.annotation)
+        # a part that names no field is the tag of a union member or an index: stay
+        models = inner or models
+    return sorted({name for candidate in models for name in candidate.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

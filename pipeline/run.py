@@ -1,0 +1,118 @@
+"""The graph of a project: prepare, plan, label, train, evaluate, report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from pipeline.cluster import Cluster
+from pipeline.project import Project
+from pipeline.steps.evaluate import Evaluation, evaluate_students
+from pipeline.steps.label import label_missing
+from pipeline.steps.plan import Plan, make_plan
+from pipeline.steps.prepare import PreparedTeacher, prepare_student, prepare_teacher
+from pipeline.steps.train import TrainedStudent, train_student
+from storage.errors import ConfigError, NotLabelledError
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run left behind."""
+
+    plan: Plan
+    labelled_samples: int
+    students: list[TrainedStudent]
+    evaluations: list[Evaluation]
+
+
+def plan_project(project: Project) -> tuple[PreparedTeacher, Plan]:
+    """Teacher and plan; no teacher call."""
+    teacher = prepare_teacher(project)
+    return teacher, make_plan(project, teacher)
+
+
+def label_project(project: Project, cluster: Cluster) -> tuple[PreparedTeacher, Plan, int]:
+    """Label what is missing; returns how many samples the teacher answered."""
+    teacher, plan = plan_project(project)
+    labelled = label_missing(project, plan, teacher, cluster)
+    if labelled == 0:
+        project.say(
+            f"labels: all {len(plan.requests())} samples are cached, the teacher was called 0 times"
+        )
+    else:
+        project.say(f"labels: {labelled} samples labelled, {len(plan.requests()) - labelled} cached")
+    return teacher, plan, labelled
+
+
+def train_project(
+    project: Project, teacher: PreparedTeacher, plan: Plan, cluster: Cluster
+) -> list[TrainedStudent]:
+    """Train every student that is not published yet.
+
+    Raises:
+        ConfigError: if the project describes no student.
+        NotLabelledError: if labels are missing.
+    """
+    configs = project.config.student_configs()
+    if not configs:
+        raise ConfigError("the config has no section train; add one to train students")
+    label_set = project.store.find(plan.spec)
+    wanted = plan.selections["train"].sample_keys
+    missing = wanted if label_set is None else label_set.missing(wanted)
+    if missing:
+        raise NotLabelledError(
+            f"{len(missing)} of {len(wanted)} training samples have no labels yet; "
+            "run `distill label` first"
+        )
+    students = []
+    for name, train in configs.items():
+        untrained = prepare_student(project, train.model, teacher)
+        student = train_student(
+            project,
+            name,
+            train,
+            plan=plan,
+            teacher=teacher,
+            untrained=untrained,
+            cluster=cluster,
+        )
+        state = "already published, skipped" if student.was_published else "trained"
+        project.say(
+            f"student {name}: {state} (teacher forward tokens: "
+            f"{student.result['teacher_forward_tokens']})"
+        )
+        students.append(student)
+    return students
+
+
+def run_project(project: Project) -> RunResult:
+    """Every step, skipping what is published."""
+    from pipeline.steps.report import write_report
+
+    with Cluster(project.config.cluster) as cluster:
+        teacher, plan, labelled = label_project(project, cluster)
+        students: list[TrainedStudent] = []
+        evaluations: list[Evaluation] = []
+        if project.config.train is not None:
+            students = train_project(project, teacher, plan, cluster)
+            evaluations = evaluate_students(project, students, plan, cluster)
+        write_report(project, plan, teacher, students, evaluations)
+    return RunResult(plan, labelled, students, evaluations)
+
+
+def quality_table(evaluations: Sequence[Evaluation]) -> Table:
+    """Held-out quality, one row per model."""
+    titles = {
+        "kl": "KL to teacher (nats)",
+        "cross_entropy": "cross-entropy (nats)",
+        "agreement": "top-1 agreement",
+    }
+    table = Table(title="held-out quality")
+    table.add_column("model")
+    metrics = list(evaluations[0].result["metrics"])
+    for metric in metrics:
+        table.add_column(titles[metric], justify="right")
+    for evaluation in evaluations:
+        values = (evaluation.result["metrics"][metric] for metric in metrics)
+        table.add_row(evaluation.name, *(f"{value:.4f}" for value in values))
+    return table

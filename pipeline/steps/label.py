@@ -1,0 +1,199 @@
+"""Ask the teacher for the misses: Ray actors, one engine each, that commit what they finish."""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from pipeline.cluster import Cluster, unwrapped
+from pipeline.project import Project
+from pipeline.steps.plan import Plan
+from pipeline.steps.prepare import PreparedTeacher
+from storage.errors import DistillError
+from storage.provenance import provenance
+from storage.selection import SampleRequest
+from storage.store import LabelSet, LabelStore
+from teacher_server.backends.base import TeacherJob, start_backend
+from teacher_server.config import VllmBackendConfig
+from teacher_server.label import LabelProgress, label_samples
+
+PARTITION_COMMITS = 16
+"""Commits' worth of samples that an engine is given at once: long enough to stay full."""
+
+MAX_ATTEMPTS = 3
+"""Times that a partition is given out before the job fails."""
+
+
+class TeacherWorker:
+    """One engine in a process of its own (a Ray actor)."""
+
+    def __init__(self, job: TeacherJob, store_uri: str, facts: dict[str, str]) -> None:
+        self._backend = start_backend(job)
+        self._label_set = LabelStore(store_uri).open(job.spec.key)
+        self._facts = facts
+
+    def ready(self) -> dict[str, str]:
+        """Engine, version and device, once the engine runs."""
+        return self._backend.describe()
+
+    def label(
+        self, requests: list[SampleRequest], commit_samples: int
+    ) -> Iterator[LabelProgress]:
+        """Label and commit; yields progress after every sample."""
+        before = self._backend.forward_tokens
+        for progress in label_samples(
+            self._backend,
+            requests,
+            self._label_set,
+            commit_samples=commit_samples,
+            provenance=self._facts,
+        ):
+            yield LabelProgress(
+                progress.finished_samples,
+                progress.committed_samples,
+                progress.response_tokens,
+                progress.forward_tokens - before,
+            )
+
+
+def label_missing(project: Project, plan: Plan, teacher: PreparedTeacher, cluster: Cluster) -> int:
+    """Label every sample of the plan that is not cached; returns how many were labelled.
+
+    Raises:
+        DistillError: if a partition fails again and again; committed samples are kept.
+    """
+    label_set = project.store.create(
+        plan.spec,
+        {
+            "teacher": str(project.config.teacher.model),
+            "tokenizer": teacher.tokenizer,
+            "chat_template": teacher.chat_template or "none",
+            "project": project.config.name,
+        },
+    )
+    stored = label_set.addresses()
+    misses = [request for request in plan.requests() if request.key not in stored]
+    if not misses:
+        return 0
+    with project.timed("label", label_set=plan.spec.key, samples=len(misses)) as cost:
+        _LabelJob(project, plan, teacher, cluster, label_set).run(misses, cost)
+    return len(misses)
+
+
+class _LabelJob:
+    def __init__(
+        self,
+        project: Project,
+        plan: Plan,
+        teacher: PreparedTeacher,
+        cluster: Cluster,
+        label_set: LabelSet,
+    ) -> None:
+        self._project = project
+        self._cluster = cluster
+        self._label_set = label_set
+        self._backend = project.config.teacher.backend
+        self._commit_samples = project.config.label.commit_samples
+        self._job = TeacherJob(
+            model=teacher.model.directory,
+            backend=self._backend,
+            spec=plan.spec,
+            max_model_len=min(plan.max_model_len, teacher.context),
+        )
+        self._finished = self._forward_tokens = self._response_tokens = 0
+
+    def run(self, misses: list[SampleRequest], cost: dict[str, Any]) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._project.console) as progress:
+            self._bar = progress.add_task("starting the teacher", total=len(misses), rate="")
+            self._progress = progress
+            try:
+                self._run(misses)
+            finally:
+                cost["teacher_forward_tokens"] = self._forward_tokens
+                cost["response_tokens"] = self._response_tokens
+            progress.update(self._bar, description="labelled")
+
+    def _run(self, misses: list[SampleRequest]) -> None:
+        ray = self._cluster.ray
+        size = self._commit_samples * PARTITION_COMMITS
+        partitions = deque(
+            (misses[start : start + size], 1) for start in range(0, len(misses), size)
+        )
+        replicas = min(self._backend.replicas, len(partitions))
+        idle = [self._start_worker() for _ in range(replicas)]
+        ray.get([worker.ready.remote() for worker in idle])
+        self._progress.reset(self._bar, description="labelling")
+        running: dict[Any, tuple[Any, list[SampleRequest], int, LabelProgress | None]] = {}
+        while partitions or running:
+            while idle and partitions:
+                worker, (requests, attempt) = idle.pop(), partitions.popleft()
+                stream = worker.label.options(num_returns="streaming").remote(
+                    requests, self._commit_samples
+                )
+                running[stream] = (worker, requests, attempt, None)
+            (stream, *_), _ = ray.wait(list(running), num_returns=1)
+            worker, requests, attempt, last = running.pop(stream)
+            try:
+                progress = ray.get(next(stream))
+            except StopIteration:
+                idle.append(worker)
+                continue
+            except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+                left = self._label_set.missing(request.key for request in requests)
+                self._project.note("teacher died", attempt=attempt, samples_left=len(left))
+                if attempt >= MAX_ATTEMPTS:
+                    raise DistillError(
+                        f"the teacher died {attempt} times on the same {len(left)} samples "
+                        f"(the first is {left[0] if left else 'none'}): {error}; finished samples "
+                        "are kept, run the command again to go on"
+                    ) from error
+                remaining = set(left)
+                partitions.append(([r for r in requests if r.key in remaining], attempt + 1))
+                idle.append(self._start_worker())
+                continue
+            except ray.exceptions.RayTaskError as error:
+                raise unwrapped(error) from None
+            self._account(progress, last)
+            running[stream] = (worker, requests, attempt, progress)
+        for worker in idle:
+            ray.kill(worker)
+
+    def _start_worker(self) -> Any:
+        env = {}
+        gpus = 0
+        if isinstance(self._backend, VllmBackendConfig):
+            from teacher_server.backends.vllm_engine import vllm_environment
+
+            env = vllm_environment(self._backend)
+            gpus = self._backend.tensor_parallel if self._project.config.cluster.teacher_gpus else 0
+        options = self._cluster.options(threads=self._backend.threads, gpus=gpus, env=env)
+        actor = self._cluster.ray.remote(TeacherWorker)
+        return actor.options(**options).remote(self._job, self._project.store_uri, provenance())
+
+    def _account(self, progress: LabelProgress, last: LabelProgress | None) -> None:
+        before = last or LabelProgress(0, 0, 0, 0)
+        self._finished += progress.finished_samples - before.finished_samples
+        self._response_tokens += progress.response_tokens - before.response_tokens
+        self._forward_tokens += progress.forward_tokens - before.forward_tokens
+        elapsed = self._progress.tasks[self._bar].elapsed or 1e-9
+        self._progress.update(
+            self._bar,
+            completed=self._finished,
+            rate=f"{self._response_tokens / elapsed:.0f} tok/s",
+        )

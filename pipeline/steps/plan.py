@@ -1,0 +1,190 @@
+"""Which labels does this project need, which exist, and what will the rest cost?"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from pipeline.project import Project
+from pipeline.steps.prepare import PreparedTeacher
+from storage.keys import LabelSetSpec, key_of
+from storage.selection import SampleRequest, Selection, load_selection
+from storage.store import LabelSet
+from teacher_server.config import DataSource, label_set_spec
+from teacher_server.prompts import Prompts, Tokenizer, read_prompts, select_samples
+
+SPLITS = ("train", "heldout")
+SCALAR_BYTES = 14
+"""Measured bytes per token of the scalar columns of a shard."""
+BYTES_PER_STORED_TOKEN = 2.5
+"""Measured bytes per top-k entry of a shard, about the same for every k."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a project asks of the label cache."""
+
+    spec: LabelSetSpec
+    selections: dict[str, Selection]
+    """By split."""
+    selection_keys: dict[str, str]
+    skipped_rows: tuple[str, ...]
+    """Rows that were left out because ``data.on_bad_row`` is ``skip``."""
+
+    def requests(self) -> list[SampleRequest]:
+        """All samples of all splits, each once, in order."""
+        unique = {r.key: r for split in SPLITS for r in self.selections[split].requests}
+        return list(unique.values())
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest prompt with its response."""
+        sampling = self.spec.generation.sampling
+        return max(
+            len(r.prompt_ids_P)
+            + (sampling.max_tokens if sampling is not None else _length(r) + 1)
+            for r in self.requests()
+        )
+
+
+def make_plan(project: Project, teacher: PreparedTeacher) -> Plan:
+    """Resolve the prompt files to selections; cached under the content of all inputs.
+
+    Raises:
+        InputError: listing unusable rows by file and line, before anything is spent.
+    """
+    config = project.config
+    spec = label_set_spec(
+        config.teacher,
+        config.label,
+        fingerprint=teacher.model.fingerprint,
+        vocab_size=teacher.vocab_size,
+        tokenizer=teacher.tokenizer,
+    )
+    sources = {"train": config.data.train, "heldout": config.data.heldout}
+    key = key_of(
+        {
+            "files": {name: _content(project, files) for name, files in sources.items()},
+            "on_bad_row": config.data.on_bad_row,
+            "tokenizer": teacher.tokenizer,
+            "chat_template": teacher.chat_template,
+            "mode": config.label.mode,
+            "samples_per_prompt": config.label.sampling.samples_per_prompt,
+            "context": teacher.context,
+            "vocab_size": teacher.vocab_size,
+        }
+    )
+    name = f"plans/{key[:12]}.json"
+    known = project.read_json(name)
+    if known is None:
+        known = _resolve(project, teacher, sources)
+        project.write_json(name, known)
+    objects = project.store.objects
+    selections = {
+        split: load_selection(objects, known["selections"][split]) for split in SPLITS
+    }
+    return Plan(spec, selections, known["selections"], tuple(known["skipped_rows"]))
+
+
+def _content(project: Project, sources: tuple[DataSource, ...]) -> list[Any]:
+    content: list[Any] = []
+    for source in sources:
+        path = Path(source.path)
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        content.append([source.path, [project.memo.digest(f) for f in files if f.is_file()]])
+    return content
+
+
+def _resolve(
+    project: Project, teacher: PreparedTeacher, sources: dict[str, tuple[DataSource, ...]]
+) -> dict[str, Any]:
+    """Read, check and tokenize all prompts; nothing is stored unless all splits are usable."""
+    config = project.config
+    with project.console.status("reading prompts"):
+        prompts = {
+            split: read_prompts(files, mode=config.label.mode) for split, files in sources.items()
+        }
+    if config.data.on_bad_row == "stop":
+        _all(prompts).require_all_good()
+    with project.console.status("tokenizing prompts"):
+        from transformers import AutoTokenizer
+
+        tokenizer = cast(
+            Tokenizer,
+            AutoTokenizer.from_pretrained(
+                teacher.model.directory,
+                local_files_only=True,
+                trust_remote_code=config.teacher.trust_remote_code,
+            ),
+        )
+        selections = {
+            split: select_samples(
+                rows,
+                tokenizer,
+                config.label,
+                context=teacher.context,
+                vocab_size=teacher.vocab_size,
+            )
+            for split, rows in prompts.items()
+        }
+    if config.data.on_bad_row == "stop":
+        _all(prompts).require_all_good()
+    objects = project.store.objects
+    return {
+        "selections": {split: selection.save(objects) for split, selection in selections.items()},
+        "skipped_rows": [str(row) for row in _all(prompts).bad],
+    }
+
+
+def _all(prompts: dict[str, Prompts]) -> Prompts:
+    return Prompts(
+        rows=[row for split in prompts.values() for row in split.rows],
+        bad=[row for split in prompts.values() for row in split.bad],
+    )
+
+
+def forecast(project: Project, plan: Plan) -> dict[str, Any]:
+    """Hits, misses and the expected tokens and bytes of the misses, before anything is spent."""
+    label_set = project.store.find(plan.spec)
+    stored = label_set.addresses() if label_set is not None else {}
+    misses = [r for r in plan.requests() if r.key not in stored]
+    splits = {}
+    for split, selection in plan.selections.items():
+        hits = sum(r.key in stored for r in selection.requests)
+        splits[split] = {
+            "prompts": sum(len(r.sources) for r in selection.requests),
+            "samples": len(selection.requests),
+            "hits": hits,
+            "misses": len(selection.requests) - hits,
+        }
+    expected = _expected_response_tokens(plan, misses, label_set)
+    per_token = SCALAR_BYTES + BYTES_PER_STORED_TOKEN * plan.spec.kind.k
+    shared = set(plan.selections["train"].sample_keys) & set(plan.selections["heldout"].sample_keys)
+    return {
+        "label_set": plan.spec.key,
+        "store": project.store_uri,
+        "splits": splits,
+        "hits": len(plan.requests()) - len(misses),
+        "misses": len(misses),
+        "in_both_splits": len(shared),
+        "expected_response_tokens": expected,
+        "expected_prompt_tokens": sum(len(r.prompt_ids_P) for r in misses),
+        "expected_bytes": round(expected * per_token),
+        "skipped_rows": list(plan.skipped_rows),
+    }
+
+
+def _expected_response_tokens(
+    plan: Plan, misses: list[SampleRequest], label_set: LabelSet | None
+) -> int:
+    """Exact in score mode; otherwise the mean length so far, or the limit for a new set."""
+    sampling = plan.spec.generation.sampling
+    if sampling is None:
+        return sum(_length(r) for r in misses)
+    totals = label_set.totals() if label_set is not None else None
+    if totals is None or totals.num_samples == 0:
+        return len(misses) * sampling.max_tokens
+    return round(len(misses) * totals.num_tokens / totals.num_samples)
+
+
+def _length(request: SampleRequest) -> int:
+    return 0 if request.response_ids_R is None else len(request.response_ids_R)

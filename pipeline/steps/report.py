@@ -1,0 +1,147 @@
+"""The report of a run: one self-contained HTML file and the same numbers as JSON."""
+
+import importlib.resources
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment
+
+from pipeline.project import Project
+from pipeline.steps.evaluate import Evaluation
+from pipeline.steps.plan import Plan
+from pipeline.steps.prepare import PreparedTeacher
+from pipeline.steps.train import METRICS_FILE, TrainedStudent
+from storage.files import write_atomically
+from storage.keys import key_of
+from storage.samples import LabelledSample
+from storage.tokenizer import TokenDecoder
+
+TOP_TOKENS = 5
+
+
+def write_report(
+    project: Project,
+    plan: Plan,
+    teacher: PreparedTeacher,
+    students: Sequence[TrainedStudent],
+    evaluations: Sequence[Evaluation],
+) -> Path:
+    """Write ``report.html`` and ``report.json``; unchanged inputs leave both untouched."""
+    costs = _costs(project)
+    key = key_of(
+        {
+            "label_set": plan.spec.key,
+            "selections": plan.selection_keys,
+            "students": [student.key for student in students],
+            "evaluations": [[e.name, e.result["metrics"]] for e in evaluations],
+            "costs": costs,
+        }
+    )
+    path = project.directory / "report.html"
+    known = project.read_json("report.json")
+    if known is not None and known["key"] == key and path.is_file():
+        return path
+    report = {
+        "key": key,
+        "project": project.config.name,
+        "labels": _labels(project, plan),
+        "costs": costs,
+        "students": [_student(student) for student in students],
+        "evaluations": [{"name": e.name, **e.result} for e in evaluations],
+        "response": _response(project, plan, teacher),
+        "provenance": project.read_json("provenance.json"),
+        "config": project.config.model_dump(mode="json"),
+    }
+    project.write_json("report.json", report)
+    write_atomically(path, render_report(report).encode())
+    return path
+
+
+def render_report(report: dict[str, Any]) -> str:
+    """The HTML page of a report; every text in it is escaped."""
+    text = importlib.resources.files("pipeline").joinpath("report.html.jinja").read_text()
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
+    # "<" inside the embedded JSON would let a token end the script element
+    data = json.dumps(report).replace("<", "\\u003c")
+    return template.render(report=report, data=data)
+
+
+def _labels(project: Project, plan: Plan) -> dict[str, Any]:
+    label_set = project.store.find(plan.spec)
+    assert label_set is not None
+    totals = label_set.totals()
+    return {
+        "key": plan.spec.key,
+        "store": project.store_uri,
+        "k": plan.spec.kind.k,
+        "mode": plan.spec.generation.mode,
+        "samples": {name: len(s.requests) for name, s in plan.selections.items()},
+        "selections": plan.selection_keys,
+        "stored_samples": totals.num_samples,
+        "stored_tokens": totals.num_tokens,
+        "stored_bytes": totals.num_bytes,
+        "skipped_rows": list(plan.skipped_rows),
+    }
+
+
+def _costs(project: Project) -> list[dict[str, Any]]:
+    """One row per finished step of all runs of this project, in order."""
+    names = ("student", "models", "model", "samples", "seconds")
+    return [
+        {
+            "step": event["step"],
+            "what": str(event.get("student") or event.get("model") or event.get("models") or ""),
+            "seconds": event["seconds"],
+            "teacher_forward_tokens": event.get("teacher_forward_tokens", 0),
+            "trained_tokens": event.get("trained_tokens", 0),
+            **{name: event[name] for name in names if name == "samples" and name in event},
+        }
+        for event in project.events()
+        if event["event"] == "finished"
+    ]
+
+
+def _student(student: TrainedStudent) -> dict[str, Any]:
+    lines = (student.directory / METRICS_FILE).read_text().splitlines()
+    return {
+        **student.result,
+        "directory": str(student.directory),
+        "curve": [
+            {name: m[name] for name in ("step", "loss", "soft", "hard")}
+            for m in map(json.loads, lines)
+        ],
+    }
+
+
+def _response(project: Project, plan: Plan, teacher: PreparedTeacher) -> dict[str, Any] | None:
+    """One held-out response, token by token: entropy, and the likeliest tokens."""
+    requests = plan.selections["heldout"].requests or plan.selections["train"].requests
+    label_set = project.store.find(plan.spec)
+    assert label_set is not None
+    sample = max(label_set.read([r.key for r in requests[:8]]), key=lambda s: len(s.positions_N))
+    decoder = TokenDecoder(Path(teacher.model.directory))
+    return {
+        "sample_key": sample.key,
+        "prompt": decoder.text(sample.prompt_ids_P.tolist()),
+        "tokens": [_token(sample, decoder, n) for n in range(len(sample.positions_N))],
+    }
+
+
+def _token(sample: LabelledSample, decoder: TokenDecoder, n: int) -> dict[str, Any]:
+    top = zip(sample.topk_ids_NK[n], sample.topk_logprobs_NK[n], strict=True)
+    entropy = None if sample.entropy_N is None else round(float(sample.entropy_N[n]), 4)
+    return {
+        "text": decoder.token(int(sample.token_ids_N[n])),
+        "entropy": entropy,
+        "probability": float(np.exp(sample.token_logprob_N[n])),
+        "rank": int(sample.token_rank_N[n]),
+        "tail_mass": float(np.exp(sample.log_tail_mass_N[n])),
+        "top": [
+            {"text": decoder.token(int(token)), "probability": float(np.exp(logprob))}
+            for (token, logprob), _ in zip(top, range(TOP_TOKENS), strict=False)
+        ],
+    }
+
