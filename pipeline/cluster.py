@@ -1,6 +1,9 @@
-"""Ray: started when the first step has work, never before. Every process gets an explicit number
-of threads, and their sum never exceeds the machine."""
+"""Ray, started when the first step has work and never before.
 
+Every process gets an explicit number of threads, and their sum never exceeds the machine.
+"""
+
+import logging
 import os
 from collections.abc import Mapping
 from types import TracebackType
@@ -77,7 +80,7 @@ class Cluster:
                 num_cpus=self.cpus if local else None,
                 include_dashboard=False if local else None,
                 log_to_driver=bool(os.environ.get("DISTILL_WORKER_LOGS")),
-                logging_level="error",
+                logging_level=logging.ERROR,
                 configure_logging=True,
             )
             self._ray = ray
@@ -93,7 +96,7 @@ class Cluster:
         """CPU threads of one training process."""
         return self._config.student_threads or max(1, self.cpus // self._config.student_workers)
 
-    def options(self, *, threads: int, gpus: float = 0, env: Mapping[str, str] = {}) -> Any:  # noqa: B006 - read only
+    def options(self, *, threads: int, gpus: float = 0, env: Mapping[str, str] = {}) -> Any:
         """Ray options of a task or actor: its share of the machine and its environment."""
         return {
             "num_cpus": threads,

@@ -53,7 +53,7 @@ class RunConfig(Config):
     """What is recorded for every token."""
     train: TrainConfig | None = None
     """What all students share."""
-    students: dict[str, Tree] = {}
+    students: dict[str, Tree] = Field(default_factory=dict)
     """NAME: overrides of ``train``, such as ``{loss.weight.soft_weight: 0.0}``. Without any, one
     student called ``student`` is trained as ``train`` says."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -143,8 +143,11 @@ def expand_dotted_keys(tree: Mapping[str, Any]) -> Tree:
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> Tree:
-    """``base`` with ``change`` on top. A section whose ``type`` changes starts anew: the options
-    of the old type mean nothing to the new one."""
+    """``base`` with ``change`` on top.
+
+    A section whose ``type`` changes starts anew: the options of the old type mean nothing to the
+    new one.
+    """
     merged = dict(base)
     for name, value in change.items():
         old = merged.get(name)
@@ -170,8 +173,8 @@ def validate(model: type[Model], tree: Mapping[str, Any], name: str) -> Model:
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:
-    path = [str(part) for part in problem["loc"]]
-    where = ".".join(path) or "the configuration"
+    path = _settings_path(model, problem["loc"])
+    where = ".".join(path)
     if problem["type"] == "extra_forbidden":
         known = _fields_at(model, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1)
@@ -179,10 +182,20 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
         return f"unknown key {where!r}{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{where}: {message}"
+        return f"{where}: {message}" if where else message
     if problem["type"] == "missing":
         return f"missing key {where!r}"
     return f"{where}: {message}, found {problem.get('input')!r:.80}"
+
+
+def _settings_path(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """The path as it is written in YAML: pydantic also names the tag of a union's member."""
+    path: list[str] = []
+    for index, part in enumerate(location):
+        last = index == len(location) - 1
+        if last or isinstance(part, int) or not path or str(part) in _fields_at(model, path):
+            path.append(str(part))
+    return path
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:

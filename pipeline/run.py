@@ -40,7 +40,9 @@ def label_project(project: Project, cluster: Cluster) -> tuple[PreparedTeacher, 
             f"labels: all {len(plan.requests())} samples are cached, the teacher was called 0 times"
         )
     else:
-        project.say(f"labels: {labelled} samples labelled, {len(plan.requests()) - labelled} cached")
+        project.say(
+            f"labels: {labelled} samples labelled, {len(plan.requests()) - labelled} cached"
+        )
     return teacher, plan, labelled
 
 

@@ -7,6 +7,7 @@ modification time in a small JSON file; a tampered byte changes the time and wit
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from storage.errors import ConfigError
 from storage.files import write_atomically
@@ -68,7 +69,7 @@ def fingerprint_model(
             "pickled weights are refused, convert them with "
             "save_pretrained(safe_serialization=True)"
         )
-    config = json.loads(config_file.read_text())
+    config = read_json(config_file)
     for field in CONFIG_ORIGIN_FIELDS:
         config.pop(field, None)
     return TeacherFingerprint(
@@ -76,6 +77,21 @@ def fingerprint_model(
         config=key_of(config),
         trust_remote_code=trust_remote_code,
     )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a model directory.
+
+    Raises:
+        ConfigError: if the file is missing or is none.
+    """
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{str(file)!r} cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{str(file)!r} must hold a JSON object")
+    return document
 
 
 def tokenizer_digest(directory: Path, memo: DigestMemo) -> str:
@@ -98,5 +114,5 @@ def chat_template_digest(directory: Path) -> str | None:
     if template.is_file():
         return key_of(template.read_text())
     config = directory / "tokenizer_config.json"
-    text = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
+    text = read_json(config).get("chat_template") if config.is_file() else None
     return None if text is None else key_of(text)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from storage.config import Config
 from storage.errors import UnstableValueError
@@ -23,6 +23,9 @@ KEY_VERSION = 1
 
 KEY_HEX_DIGITS = 32
 """A key is the first 128 bits of a SHA-256, written in lower-case hex."""
+
+ColumnName = Literal["entropy"]
+"""Optional scalar columns of the label table."""
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
 
@@ -86,13 +89,19 @@ class LabelSetSpec(Config):
 
     generation: GenerationSpec
     kind: TopKSpec
-    columns: tuple[str, ...]
-    """Optional label columns, sorted: ``entropy``."""
+    columns: tuple[ColumnName, ...]
+    """Optional label columns, sorted, each once."""
     tail: Literal["exact", "topk"]
     """``exact``: the tail mass was summed over the full vocabulary in the engine;
     ``topk``: derived as one minus the mass of the top-k."""
     vocab_size: int
     """Effective vocabulary: ids at or above it cannot occur."""
+
+    @model_validator(mode="after")
+    def _columns_have_one_order(self) -> "LabelSetSpec":
+        if list(self.columns) != sorted(set(self.columns)):
+            raise ValueError(f"columns must be sorted and distinct, got {self.columns}")
+        return self
 
     @property
     def key(self) -> str:

@@ -9,6 +9,7 @@ Layout below the store's URI (``docs/format.md`` section 3)::
 """
 
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,9 @@ from storage.records import CommitRecord, FileRecord, LabelSetDocument, ShardRec
 from storage.samples import LabelledSample
 from storage.schema import labels_schema, samples_schema
 from storage.shard import ShardFile, encode_shard
+
+HELD_SHARDS = 8
+"""Decoded shards that a reader keeps, so that a shuffled order does not decode each sample's."""
 
 INDEX_COLUMNS = ("sample_key", "first_row", "num_rows", "num_tokens")
 
@@ -89,6 +93,7 @@ class LabelSet:
         self.key = document.key
         self.prefix = f"label_sets/{self.key}"
         self._index = _Index()
+        self._decoded: OrderedDict[str, list[LabelledSample]] = OrderedDict()
 
     # -- what is stored ---------------------------------------------------------------------------
     def refresh(self) -> list[CommitRecord]:
@@ -185,12 +190,19 @@ class LabelSet:
                 f"label set {self.key} lacks {len(absent)} of {len(keys)} samples "
                 f"(the first is {absent[0]}); run `distill label` first"
             )
-        held: tuple[str, list[LabelledSample]] = ("", [])
         for key in keys:
             address = addresses[key]
-            if held[0] != address.shard.labels.name:
-                held = (address.shard.labels.name, self._decode(address.shard))
-            yield held[1][address.row]
+            yield self._held(address.shard)[address.row]
+
+    def _held(self, shard: ShardRecord) -> list[LabelledSample]:
+        """The decoded samples of a shard; the HELD_SHARDS last used stay in memory."""
+        name = shard.labels.name
+        if name not in self._decoded:
+            self._decoded[name] = self._decode(shard)
+            if len(self._decoded) > HELD_SHARDS:
+                self._decoded.popitem(last=False)
+        self._decoded.move_to_end(name)
+        return self._decoded[name]
 
     def _decode(self, shard: ShardRecord) -> list[LabelledSample]:
         table = self._open(shard.labels, labels_schema(self.spec)).table().combine_chunks()

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from storage.config import Config
 
@@ -64,14 +64,6 @@ class BatchConfig(Config):
     micro_tokens: int = Field(default=8192, ge=1)
     """Tokens, padding included, that go through the model at once; lower it when memory runs
     out. It does not change the result beyond rounding."""
-
-    @model_validator(mode="after")
-    def _nested(self) -> "BatchConfig":
-        if self.micro_tokens > self.tokens:
-            raise ValueError(
-                f"micro_tokens ({self.micro_tokens}) must not exceed tokens ({self.tokens})"
-            )
-        return self
 
 
 class DeepSpeedConfig(Config):
@@ -154,7 +146,7 @@ class TrainJob(Config):
     train: TrainConfig
     output: str
     """Directory of the run; gets ``metrics.jsonl``, ``checkpoints/``, ``model/``."""
-    card: dict[str, str] = {}
+    card: dict[str, str] = Field(default_factory=dict)
     """Provenance for the model card."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of each process."""
@@ -171,5 +163,3 @@ class EvaluateJob(Config):
     """File that gets the result as JSON."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of the process."""
-
-

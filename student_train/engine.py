@@ -9,6 +9,7 @@ import torch
 
 from student_train.config import TrainConfig
 
+
 def prepare_process(threads: int) -> None:
     """Fix threads, and make a bare process a group of one. Call before DeepSpeed is imported.
 
@@ -69,6 +70,7 @@ def initialize(model: torch.nn.Module, train: TrainConfig) -> Any:
         lr=train.optimizer.lr,
         betas=train.optimizer.betas,
         weight_decay=train.optimizer.weight_decay,
+        fused=True,
     )
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(train)

@@ -165,13 +165,17 @@ def label_set_spec(
     """The identity of the labels that these settings ask for.
 
     Args:
-        teacher: Dtypes count; the backend and how it runs do not.
+        teacher: Dtypes count; the backend and how it runs do not (but the fake one is a teacher
+            of its own).
         label: Mode, sampling, kind and columns count; the size of commits does not.
         fingerprint: The teacher by content.
         vocab_size: Effective vocabulary.
         tokenizer: Tokenizer digest; enters only together with stop strings.
     """
     sampling = SamplingSpec(**label.sampling.model_dump(exclude={"samples_per_prompt"}))
+    if isinstance(teacher.backend, FakeBackendConfig):
+        # made-up labels must never be found by somebody who asks for the real teacher's
+        fingerprint = TeacherFingerprint(weights="fake", config="fake")
     return LabelSetSpec(
         generation=GenerationSpec(
             teacher=fingerprint,

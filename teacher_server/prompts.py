@@ -304,7 +304,7 @@ def _tokenize_chat(
                 tokenize=True,
                 return_dict=False,
             )
-        except Exception as error:  # noqa: BLE001 - templates raise whatever they like
+        except Exception as error:
             raise BadRowError(f"the chat template refused the messages: {error}") from error
         return [int(token) for token in ids]
 

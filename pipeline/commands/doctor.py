@@ -138,9 +138,7 @@ def check_compiler() -> list[Finding]:
         path = shutil.which(name)
         if path is not None:
             return [Finding("C++ compiler", "ok", path)]
-    return [
-        Finding("C++ compiler", "note", "none found", "needed only for offloaded optimisers")
-    ]
+    return [Finding("C++ compiler", "note", "none found", "needed only for offloaded optimisers")]
 
 
 def check_ray() -> list[Finding]:

@@ -24,7 +24,7 @@ def ls(
     from rich.table import Table
 
     uri = store or DEFAULT_STORE
-    found = {"store": uri, "label_sets": label_sets(uri), "runs": run_folders(runs)}
+    found: dict[str, Any] = {"store": uri, "label_sets": label_sets(uri), "runs": run_folders(runs)}
     if as_json:
         print_json(found)
         return

@@ -44,9 +44,7 @@ class TeacherWorker:
         """Engine, version and device, once the engine runs."""
         return self._backend.describe()
 
-    def label(
-        self, requests: list[SampleRequest], commit_samples: int
-    ) -> Iterator[LabelProgress]:
+    def label(self, requests: list[SampleRequest], commit_samples: int) -> Iterator[LabelProgress]:
         """Label and commit; yields progress after every sample."""
         before = self._backend.forward_tokens
         for progress in label_samples(

@@ -40,8 +40,7 @@ class Plan:
         """Tokens of the longest prompt with its response."""
         sampling = self.spec.generation.sampling
         return max(
-            len(r.prompt_ids_P)
-            + (sampling.max_tokens if sampling is not None else _length(r) + 1)
+            len(r.prompt_ids_P) + (sampling.max_tokens if sampling is not None else _length(r) + 1)
             for r in self.requests()
         )
 
@@ -79,9 +78,7 @@ def make_plan(project: Project, teacher: PreparedTeacher) -> Plan:
         known = _resolve(project, teacher, sources)
         project.write_json(name, known)
     objects = project.store.objects
-    selections = {
-        split: load_selection(objects, known["selections"][split]) for split in SPLITS
-    }
+    selections = {split: load_selection(objects, known["selections"][split]) for split in SPLITS}
     return Plan(spec, selections, known["selections"], tuple(known["skipped_rows"]))
 
 

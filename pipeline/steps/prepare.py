@@ -1,12 +1,16 @@
 """Models as local Hugging Face directories: found, downloaded, converted or pruned, once."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.project import Project
 from storage.errors import ConfigError
-from storage.fingerprint import chat_template_digest, fingerprint_model, tokenizer_digest
+from storage.fingerprint import (
+    chat_template_digest,
+    fingerprint_model,
+    read_json,
+    tokenizer_digest,
+)
 from storage.keys import TeacherFingerprint, key_of
 from storage.tokenizer import effective_vocab_size
 from student_train.config import PrunedModelConfig
@@ -56,7 +60,7 @@ def prepare_teacher(project: Project) -> PreparedTeacher:
         else local_directory(wanted)
     )
     path = Path(directory)
-    config = json.loads((path / "config.json").read_text())
+    config = read_json(path / "config.json")
     if "auto_map" in config and not project.config.teacher.trust_remote_code:
         raise ConfigError(
             f"{directory!r} brings its own code; read it, then set teacher.trust_remote_code: true"

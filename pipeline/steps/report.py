@@ -65,7 +65,7 @@ def render_report(report: dict[str, Any]) -> str:
     text = importlib.resources.files("pipeline").joinpath("report.html.jinja").read_text()
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
     # "<" inside the embedded JSON would let a token end the script element
-    data = json.dumps(report).replace("<", "\\u003c")
+    data = json.dumps(report, allow_nan=False).replace("<", "\\u003c")
     return template.render(report=report, data=data)
 
 
@@ -93,7 +93,9 @@ def _costs(project: Project) -> list[dict[str, Any]]:
     return [
         {
             "step": event["step"],
-            "what": str(event.get("student") or event.get("model") or event.get("models") or ""),
+            "what": event.get("student")
+            or event.get("model")
+            or ", ".join(event.get("models", [])),
             "seconds": event["seconds"],
             "teacher_forward_tokens": event.get("teacher_forward_tokens", 0),
             "trained_tokens": event.get("trained_tokens", 0),
@@ -119,6 +121,8 @@ def _student(student: TrainedStudent) -> dict[str, Any]:
 def _response(project: Project, plan: Plan, teacher: PreparedTeacher) -> dict[str, Any] | None:
     """One held-out response, token by token: entropy, and the likeliest tokens."""
     requests = plan.selections["heldout"].requests or plan.selections["train"].requests
+    if not requests:
+        return None
     label_set = project.store.find(plan.spec)
     assert label_set is not None
     sample = max(label_set.read([r.key for r in requests[:8]]), key=lambda s: len(s.positions_N))
@@ -144,4 +148,3 @@ def _token(sample: LabelledSample, decoder: TokenDecoder, n: int) -> dict[str, A
             for (token, logprob), _ in zip(top, range(TOP_TOKENS), strict=False)
         ],
     }
-

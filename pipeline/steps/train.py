@@ -1,5 +1,6 @@
 """Train one student from cached labels under Ray Train, with DeepSpeed inside."""
 
+import importlib
 import json
 import shutil
 import threading
@@ -155,19 +156,17 @@ def _train_loop(job_json: dict[str, str]) -> None:
 
 
 def _fit(project: Project, job: TrainJob, cluster: Cluster) -> None:
-    ray = cluster.ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
+    ray: Any = cluster.ray
+    importlib.import_module("ray.train.torch")  # an attribute of ray from here on
     config = project.config.cluster
     use_gpu = config.gpus_per_worker > 0
     # our checkpoints are in the run folder; Ray keeps its own bookkeeping here until it is done
     bookkeeping = project.directory / ".ray"
-    trainer = TorchTrainer(
+    trainer = ray.train.torch.TorchTrainer(
         _train_loop,
         train_loop_config={"job": job.model_dump_json()},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
             num_workers=config.student_workers,
             use_gpu=use_gpu,
             resources_per_worker={
@@ -175,10 +174,12 @@ def _fit(project: Project, job: TrainJob, cluster: Cluster) -> None:
                 **({"GPU": config.gpus_per_worker} if use_gpu else {}),
             },
         ),
-        run_config=RunConfig(
+        run_config=ray.train.RunConfig(
             name=f"{Path(job.output).name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(bookkeeping),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=1),
+            failure_config=ray.train.FailureConfig(
+                max_failures=MAX_FAILURES, controller_failure_limit=1
+            ),
             worker_runtime_env={
                 "env_vars": {**QUIET_ENVIRONMENT, "OMP_NUM_THREADS": str(job.threads)}
             },
@@ -246,4 +247,3 @@ def _progress_bar(project: Project, name: str, path: Path) -> Iterator[None]:
             finished.set()
             watcher.join()
             show()
-

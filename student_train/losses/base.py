@@ -18,8 +18,10 @@ PADDING_ID = -1
 
 @dataclass(frozen=True, slots=True)
 class TeacherRows:
-    """Teacher labels of M supervised positions; row m labels the prediction made at row m of the
-    compacted hidden states."""
+    """Teacher labels of M supervised positions.
+
+    Row m labels the prediction made at row m of the compacted hidden states.
+    """
 
     hard_M: Tensor
     """int64[M]: hard label."""

@@ -1,5 +1,6 @@
-"""Weight policies: how much every token listens to soft and to hard labels. To add one, write
-``<name>.py`` here and add one line below; its options are a config class in
+"""Weight policies: how much every token listens to soft and to hard labels.
+
+To add one, write ``<name>.py`` here and add one line below; its options are a config class in
 ``student_train/config.py``, its formula a section of ``docs/losses.md``.
 """
 

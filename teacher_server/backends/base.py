@@ -52,5 +52,3 @@ def start_backend(job: TeacherJob) -> TeacherBackend:
     module, name = BACKENDS[job.backend.type].split(":")
     backend = getattr(importlib.import_module(module), name)
     return cast(TeacherBackend, backend(job))
-
-

@@ -72,7 +72,9 @@ class TransformersBackend:
         generator = torch.Generator().manual_seed(sampling_seed(sampling.seed, request.key))
         room = self._job.max_model_len - len(request.prompt_ids_P)
         fresh = torch.tensor(request.prompt_ids_P, dtype=torch.long)
-        cache, rows, response = None, [], []
+        rows: list[Tensor] = []
+        response: list[int] = []
+        cache = None
         finish_reason = "length"
         while len(response) < min(sampling.max_tokens, room):
             logprobs_TV, cache = self._forward(fresh, cache)
@@ -136,9 +138,7 @@ def draw(logprobs_V: Tensor, sampling: SamplingSpec, generator: torch.Generator)
         probabilities_V[probabilities_V < sampling.min_p * probabilities_V.max()] = 0.0
     if sampling.top_k > 0:
         keep = probabilities_V.topk(min(sampling.top_k, len(probabilities_V))).indices
-        probabilities_V = torch.zeros_like(probabilities_V).scatter(
-            0, keep, probabilities_V[keep]
-        )
+        probabilities_V = torch.zeros_like(probabilities_V).scatter(0, keep, probabilities_V[keep])
     if sampling.top_p < 1:
         ordered, order = (probabilities_V / probabilities_V.sum()).sort(descending=True)
         before = ordered.cumsum(dim=0) - ordered

@@ -1,5 +1,4 @@
-"""Exact tail mass and entropy out of vLLM's sampler; the only module that touches its private
-parts.
+"""Exact tail mass and entropy out of vLLM's sampler, whose private parts only this module touches.
 
 vLLM reports the top-k log-probs of a position and the rank of the sampled token. This extension of
 its worker asks for two candidates more than k and replaces their columns by the log tail mass and

@@ -177,7 +177,9 @@ class VllmBackend:
         self.forward_tokens += len(request.prompt_ids_P) + len(response_R)
         columns = 1 + self._k + EXTRA_COLUMNS
         # rows of the prompt itself come first in score mode, and its first token has none
-        logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(-1, columns)[-len(response_R):]
+        logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(-1, columns)[
+            -len(response_R) :
+        ]
         ids = np.array(flat.token_ids, dtype=np.int32).reshape(-1, columns)[-len(response_R) :]
         ranks = np.array(flat.ranks[::columns], dtype=np.int32)[-len(response_R) :]
         return LabelledSample(

@@ -1,0 +1,91 @@
+"""A whole project of tiny models under real Ray: label, train with DeepSpeed, evaluate, report."""
+
+import json
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+
+from storage.store import LabelStore
+
+Distill = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def stored_keys(project_file: Path) -> Counter[str]:
+    """How often each sample key stands in the committed files, read without our reader."""
+    found: Counter[str] = Counter()
+    for path in (project_file.parent / "labels").rglob("commits/*.json"):
+        record = json.loads(path.read_text())
+        for shard in record["shards"]:
+            file = path.parent.parent / "shards" / shard["samples"]["name"]
+            table = pa.ipc.open_file(file).read_all()
+            found.update(table.column("sample_key").to_pylist())
+    return found
+
+
+def test_a_project_runs_once_and_is_reused_afterwards(project_file: Path, distill: Distill) -> None:
+    first = json.loads(distill("run", project_file, "--json").stdout)
+    assert first["labels"]["stored_samples"] == 30
+    (student,) = first["students"]
+    assert student["teacher_forward_tokens"] == 0
+    untrained, trained = first["evaluations"]
+    assert untrained["name"] == "untrained"
+    assert trained["metrics"]["kl"] < untrained["metrics"]["kl"]
+    assert len(trained["generations"]) == 2
+    run_folder = project_file.parent / "runs" / "tiny"
+    assert "<html" in (run_folder / "report.html").read_text()
+
+    again = distill("run", project_file)
+    assert "the teacher was called 0 times" in again.stdout
+    assert "student hard: already published, skipped" in again.stdout
+    events = [json.loads(line) for line in (run_folder / "events.jsonl").read_text().splitlines()]
+    assert sum(e["event"] == "started" and e["step"] == "train" for e in events) == 1
+
+    # one more student and two more prompts: only what is new is paid for
+    with (project_file.parent / "train.jsonl").open("a") as stream:
+        for number in (200, 201):
+            stream.write(json.dumps({"prompt": f"fresh question {number}"}) + "\n")
+    forecast = json.loads(distill("plan", project_file, "--json").stdout)
+    assert (forecast["hits"], forecast["misses"]) == (30, 2)
+    labelled = json.loads(distill("label", project_file, "--json").stdout)
+    assert labelled["labelled"] == 2
+    assert set(stored_keys(project_file).values()) == {1}
+
+
+def test_a_teacher_that_dies_loses_nothing_that_was_committed(
+    project_file: Path, distill: Distill
+) -> None:
+    """The fake teacher kills its process after 14 samples: 12 of them are committed by fours, so
+    30 samples need three lives (12 + 12 + 6)."""
+    overrides = ["--set", "teacher.backend={type: fake, crash_after_samples: 14}"]
+    done = distill("label", project_file, *overrides, "--json")
+    assert json.loads(done.stdout)["labelled"] == 30
+    counts = stored_keys(project_file)
+    assert len(counts) == 30
+    assert set(counts.values()) == {1}
+    events = (project_file.parent / "runs" / "tiny" / "events.jsonl").read_text()
+    assert events.count("teacher died") == 2
+
+
+def test_a_teacher_that_always_dies_fails_the_job_and_keeps_what_it_has(
+    project_file: Path, distill: Distill
+) -> None:
+    overrides = ["--set", "teacher.backend={type: fake, crash_after_samples: 5}"]
+    failed = distill("label", project_file, *overrides, expect=2)
+    assert "died 3 times" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    committed = LabelStore(str(project_file.parent / "labels"))
+    (key,) = committed.keys()
+    # three lives of five samples, of which one group of four is committed
+    assert committed.open(key).totals().num_samples == 12
+    resumed = distill("label", project_file, "--set", "teacher.backend={type: fake}", "--json")
+    assert json.loads(resumed.stdout)["labelled"] == 18
+
+
+def test_training_without_labels_is_refused_and_says_what_to_do(
+    project_file: Path, distill: Distill
+) -> None:
+    failed = distill("train", project_file, expect=2)
+    assert "run `distill label` first" in failed.stderr
