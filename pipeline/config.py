@@ -17,6 +17,9 @@ from teacher_server.config import DataConfig, LabelConfig, TeacherConfig
 Tree = dict[str, Any]
 Model = TypeVar("Model", bound=Config)
 
+UNION_TAG = re.compile(r"str|function-.*|[A-Z]\w*Config")
+"""What pydantic adds to a path where a value may be text or a section."""
+
 
 class ClusterConfig(Config):
     """Where the work runs. Nothing here changes a result beyond rounding."""
@@ -114,7 +117,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} must hold a mapping, found {type(loaded).__name__}")
-    tree = expand_dotted_keys(loaded)
+    tree = _expand_project(loaded)
     for override in overrides:
         tree = merge(tree, _parse_override(override))
     return validate(RunConfig, tree, str(path))
@@ -129,6 +132,20 @@ def _parse_override(override: str) -> Tree:
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
     return expand_dotted_keys({name.strip(): value})
+
+
+def _expand_project(loaded: Tree) -> Tree:
+    """The whole file expanded, except for the names of students: ``qwen-0.5b`` is one name."""
+    tree = expand_dotted_keys({n: value for n, value in loaded.items() if n != "students"})
+    if "students" not in loaded:
+        return tree
+    students = loaded["students"]
+    if isinstance(students, Mapping):
+        students = {
+            str(name): expand_dotted_keys(change) if isinstance(change, Mapping) else change
+            for name, change in students.items()
+        }
+    return merge(tree, {"students": students})
 
 
 def expand_dotted_keys(tree: Mapping[str, Any]) -> Tree:
@@ -168,7 +185,7 @@ def validate(model: type[Model], tree: Mapping[str, Any], name: str) -> Model:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(model, problem) for problem in error.errors()]
+        lines = [_explain(model, problem) for problem in error.errors() if not _is_noise(problem)]
         raise ConfigError(f"{name}: " + "\n  ".join(dict.fromkeys(lines))) from error
 
 
@@ -188,10 +205,17 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     return f"{where}: {message}, found {problem.get('input')!r:.80}"
 
 
+def _is_noise(problem: Any) -> bool:
+    """A section where text is allowed too: what is wrong inside the section is what matters."""
+    return problem["loc"][-1:] == ("str",) and isinstance(problem["input"], Mapping)
+
+
 def _settings_path(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """The path as it is written in YAML: pydantic also names the tag of a union's member."""
     path: list[str] = []
     for index, part in enumerate(location):
+        if UNION_TAG.fullmatch(str(part)):
+            continue
         last = index == len(location) - 1
         if last or isinstance(part, int) or not path or str(part) in _fields_at(model, path):
             path.append(str(part))

@@ -78,16 +78,19 @@ class Project:
     # -- the story of the run ---------------------------------------------------------------------
     def note(self, event: str, **facts: Any) -> None:
         """Append one line to ``events.jsonl``: what happened, when, and what it cost."""
-        with (self.directory / "events.jsonl").open("a") as stream:
+        path = self.directory / "events.jsonl"
+        before = path.read_text() if path.is_file() else ""
+        cut_short = before != "" and not before.endswith("\n")
+        with path.open("a") as stream:
+            stream.write("\n" * cut_short)
             stream.write(json.dumps({"time": utc_now(), "event": event, **facts}) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """All events so far; a last line that a crash cut short is left out."""
+        """All events so far; a line that a crash cut short is left out."""
         path = self.directory / "events.jsonl"
         if not path.is_file():
             return []
-        lines = path.read_text().split("\n")
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return [event for event in map(_event, path.read_text().split("\n")) if event is not None]
 
     @contextmanager
     def timed(self, step: str, **facts: Any) -> Iterator[dict[str, Any]]:
@@ -107,6 +110,14 @@ class Project:
     def say(self, text: str) -> None:
         """Show one line to the user."""
         self.console.print(text, highlight=False)
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return event
 
 
 def teacher_forward_tokens(events: list[dict[str, Any]]) -> int:

@@ -1,12 +1,13 @@
 """Settings of student training and evaluation. No torch import here."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from storage.config import Config
 
 HardLabel = Literal["sampled", "argmax", "dataset"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class StaticWeightConfig(Config):
@@ -48,7 +49,7 @@ class OptimizerConfig(Config):
     """Share of all steps during which the learning rate rises linearly from 0."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the last step relative to the peak."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of the moment estimates."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, applied to all parameters."""
@@ -81,6 +82,12 @@ class PrunedModelConfig(Config):
     """``teacher``, or the path of a Hugging Face model directory."""
     keep_layers: tuple[int, ...] = Field(min_length=1)
     """Layers to keep, in this order."""
+
+    @model_validator(mode="after")
+    def _each_layer_once(self) -> "PrunedModelConfig":
+        if len(set(self.keep_layers)) != len(self.keep_layers):
+            raise ValueError(f"keep_layers {list(self.keep_layers)} names a layer twice")
+        return self
 
 
 class TrainConfig(Config):

@@ -15,6 +15,7 @@ from storage.errors import NotLabelledError
 from storage.samples import LabelledSample
 from storage.selection import Selection, load_selection
 from storage.store import LabelSet, LabelStore
+from storage.tail import LOG_ZERO
 from student_train.config import BatchConfig, HardLabel, LabelSource
 from student_train.losses.base import TeacherRows
 
@@ -173,6 +174,8 @@ def teacher_rows(samples: Sequence[LabelledSample], hard: HardLabel) -> TeacherR
     tokens_N = torch.from_numpy(np.concatenate([s.token_ids_N for s in samples])).long()
     logprobs_NK = np.concatenate([s.topk_logprobs_NK for s in samples])
     log_tail_N = np.concatenate([s.log_tail_mass_N for s in samples])
+    # the stored form of "no tail": as a mass it would be infinitely surprising to a student without
+    log_tail_N = np.where(log_tail_N <= LOG_ZERO, np.float32(-np.inf), log_tail_N)
     return TeacherRows(
         hard_M=ids_NK[:, 0] if hard == "argmax" else tokens_N,
         topk_ids_MK=ids_NK,

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from storage.config import Config
+from storage.errors import ConfigError
 from storage.keys import GenerationSpec, LabelSetSpec, SamplingSpec, TeacherFingerprint, TopKSpec
 
 
@@ -171,7 +172,15 @@ def label_set_spec(
         fingerprint: The teacher by content.
         vocab_size: Effective vocabulary.
         tokenizer: Tokenizer digest; enters only together with stop strings.
+
+    Raises:
+        ConfigError: if more tokens are wanted than the vocabulary has.
     """
+    if label.kind.k > vocab_size:
+        raise ConfigError(
+            f"label.kind.k is {label.kind.k}, the teacher's vocabulary has {vocab_size} tokens; "
+            "lower it"
+        )
     sampling = SamplingSpec(**label.sampling.model_dump(exclude={"samples_per_prompt"}))
     if isinstance(teacher.backend, FakeBackendConfig):
         # made-up labels must never be found by somebody who asks for the real teacher's

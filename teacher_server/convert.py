@@ -9,20 +9,26 @@ from storage.errors import ConfigError
 from storage.files import publish_directory
 from teacher_server.config import GgufModelConfig
 
+GGUF_MAGIC = b"GGUF"
+
 
 def gguf_file(config: GgufModelConfig) -> Path:
     """Where the GGUF file lies.
 
     Raises:
-        ConfigError: if the file or the package is missing, or the package carries no single file.
+        ConfigError: if the file or the package is missing, the package carries no single file, or
+            the file is of another kind.
     """
     if config.path is not None:
         path = Path(config.path)
         if not path.is_file():
             raise ConfigError(f"GGUF file {config.path!r} does not exist")
-        return path
+        return _checked(path)
     assert config.package is not None
-    found = importlib.util.find_spec(config.package)
+    try:
+        found = importlib.util.find_spec(config.package)
+    except (ModuleNotFoundError, ValueError):  # a parent is missing; the name is no name
+        found = None
     if found is None or not found.submodule_search_locations:
         raise ConfigError(
             f"package {config.package!r} is not installed; "
@@ -31,7 +37,15 @@ def gguf_file(config: GgufModelConfig) -> Path:
     files = sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))
     if len(files) != 1:
         raise ConfigError(f"package {config.package!r} carries {len(files)} GGUF files, wanted one")
-    return files[0]
+    return _checked(files[0])
+
+
+def _checked(file: Path) -> Path:
+    with file.open("rb") as stream:
+        start = stream.read(len(GGUF_MAGIC))
+    if start != GGUF_MAGIC:
+        raise ConfigError(f"{str(file)!r} is not a GGUF file: it starts with {start!r}")
+    return file
 
 
 def convert_gguf(config: GgufModelConfig, output: Path) -> None:

@@ -5,12 +5,14 @@ by default they stop the job before any teacher call.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import InputError
@@ -21,6 +23,7 @@ from teacher_server.config import DataSource, LabelConfig
 ROLES = ("system", "user", "assistant", "tool")
 PROMPT_FIELDS = ("messages", "prompt", "input_ids")
 SHOWN_BAD_ROWS = 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer(Protocol):
@@ -124,11 +127,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
     elif not path.is_file():
         raise InputError(f"prompt file {str(path)!r} does not exist (read from {Path.cwd()})")
     elif path.suffix == ".parquet":
-        line = 0
-        for batch in pq.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                line += 1
-                yield line, {name: value for name, value in row.items() if value is not None}
+        yield from enumerate(_parquet_rows(path), start=1)
     elif path.suffix in (".jsonl", ".ndjson"):
         with path.open("rb") as stream:
             for line, data in enumerate(stream, start=1):
@@ -141,6 +140,15 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRowError]]:
         )
 
 
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                yield {name: value for name, value in row.items() if value is not None}
+    except pa.ArrowException as error:
+        raise InputError(f"prompt file {str(path)!r} cannot be read: {error}") from error
+
+
 def _json_row(data: bytes) -> dict[str, Any] | BadRowError:
     try:
         row = json.loads(data.decode("utf-8"))
@@ -150,6 +158,8 @@ def _json_row(data: bytes) -> dict[str, Any] | BadRowError:
         return BadRowError(f"not valid JSON: {error.msg} at column {error.colno}")
     if not isinstance(row, dict):
         return BadRowError(f"a row must be a JSON object, got {type(row).__name__}")
+    if b"\\ud" in data.lower() and _SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+        return BadRowError("half of a surrogate pair (\\ud800 to \\udfff) is no character")
     return row
 
 
@@ -187,6 +197,8 @@ def _check_row(row: dict[str, Any], *, file: str, line: int, mode: str) -> Promp
     if completion is not None and (not isinstance(completion, str) or not completion):
         raise BadRowError(f"completion must be non-empty text, got {completion!r:.60}")
     messages = _check_messages(row["messages"], mode) if "messages" in row else None
+    if mode == "score" and messages is not None and completion is not None:
+        raise BadRowError("give the response as completion or as the last message, not both")
     prompt = row.get("prompt")
     if "prompt" in row and (not isinstance(prompt, str) or not prompt.strip()):
         raise BadRowError(f"prompt must be non-empty text, got {prompt!r:.60}")
@@ -322,11 +334,14 @@ def _check_lengths(
 ) -> None:
     if not prompt_ids:
         raise BadRowError("the prompt is empty after tokenization")
-    if len(prompt_ids) + len(response_ids or [0]) > context:
+    if response_ids is not None and not response_ids:
+        raise BadRowError("the completion is empty after tokenization")
+    ids = [*prompt_ids, *(response_ids or ())]
+    if len(ids) + 1 > context:  # engines want room for one more token, also where they only score
         what = "prompt" if response_ids is None else "prompt and completion"
         raise BadRowError(
-            f"{what} of {len(prompt_ids) + len(response_ids or [])} tokens "
-            f"do not fit the teacher's context of {context}"
+            f"{what} of {len(ids)} tokens do not fit the teacher's context of {context}, "
+            "which needs room for one more"
         )
-    if max(prompt_ids) >= vocab_size:
-        raise BadRowError(f"token id {max(prompt_ids)} leaves the vocabulary of {vocab_size}")
+    if max(ids) >= vocab_size:
+        raise BadRowError(f"token id {max(ids)} leaves the vocabulary of {vocab_size}")

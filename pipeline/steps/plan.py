@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from pipeline.project import Project
 from pipeline.steps.prepare import PreparedTeacher
+from storage.errors import InputError
 from storage.keys import LabelSetSpec, key_of
 from storage.selection import SampleRequest, Selection, load_selection
 from storage.store import LabelSet
@@ -74,12 +75,18 @@ def make_plan(project: Project, teacher: PreparedTeacher) -> Plan:
     )
     name = f"plans/{key[:12]}.json"
     known = project.read_json(name)
-    if known is None:
+    if known is None or not _stored(project, known):
         known = _resolve(project, teacher, sources)
         project.write_json(name, known)
     objects = project.store.objects
     selections = {split: load_selection(objects, known["selections"][split]) for split in SPLITS}
     return Plan(spec, selections, known["selections"], tuple(known["skipped_rows"]))
+
+
+def _stored(project: Project, known: dict[str, Any]) -> bool:
+    """Whether the store, which may be new or emptied, has the selections of a cached plan."""
+    stored = set(project.store.objects.paths("selections"))
+    return all(f"selections/{key}.arrow" in stored for key in known["selections"].values())
 
 
 def _content(project: Project, sources: tuple[DataSource, ...]) -> list[Any]:
@@ -125,6 +132,11 @@ def _resolve(
         }
     if config.data.on_bad_row == "stop":
         _all(prompts).require_all_good()
+    if not selections["train"].requests:
+        raise InputError(
+            f"the files of data.train hold no usable prompt ({len(prompts['train'].bad)} unusable "
+            "rows); there is nothing to label or to learn from"
+        )
     objects = project.store.objects
     return {
         "selections": {split: selection.save(objects) for split, selection in selections.items()},
@@ -148,7 +160,7 @@ def forecast(project: Project, plan: Plan) -> dict[str, Any]:
     for split, selection in plan.selections.items():
         hits = sum(r.key in stored for r in selection.requests)
         splits[split] = {
-            "prompts": sum(len(r.sources) for r in selection.requests),
+            "prompts": sum(len(r.sources) for r in selection.requests if r.sample_index == 0),
             "samples": len(selection.requests),
             "hits": hits,
             "misses": len(selection.requests) - hits,

@@ -16,6 +16,7 @@ from storage.selection import SampleRequest
 from storage.testing import label_sample_densely
 from teacher_server.backends.base import TeacherJob
 from teacher_server.config import FakeBackendConfig
+from teacher_server.errors import TeacherError
 
 
 class FakeBackend:
@@ -23,6 +24,9 @@ class FakeBackend:
 
     def __init__(self, job: TeacherJob) -> None:
         assert isinstance(job.backend, FakeBackendConfig)
+        sampling = job.spec.generation.sampling
+        if sampling is not None and sampling.stop:
+            raise TeacherError("the fake backend has no text to find stop strings in")
         self.forward_tokens = 0
         self._spec = job.spec
         self._max_model_len = job.max_model_len

@@ -13,15 +13,23 @@ from storage.keys import SamplingSpec, sampling_seed
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
 from teacher_server.backends.base import TeacherJob
+from teacher_server.errors import TeacherError
 
 LOG_ZERO = -100.0
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class TransformersBackend:
-    """Labels through a plain transformers forward pass on CPU or GPU."""
+    """Labels through a plain transformers forward pass on CPU or GPU.
+
+    Raises:
+        TeacherError: for stop strings, and for a model whose head is not a plain linear map.
+    """
 
     def __init__(self, job: TeacherJob) -> None:
         generation = job.spec.generation
+        if generation.sampling is not None and generation.sampling.stop:
+            raise TeacherError("the transformers backend knows no stop strings; use vllm")
         torch.set_num_threads(job.backend.threads)
         self.forward_tokens = 0
         self._job = job
@@ -34,6 +42,7 @@ class TransformersBackend:
             trust_remote_code=generation.teacher.trust_remote_code,
         ).to(self._device)
         self._model.eval()
+        _require_plain_head(self._model)
         self._head_dtype = getattr(torch, generation.head_dtype)
         self._head_weight = self._model.get_output_embeddings().weight.to(self._head_dtype)
         ends = self._model.generation_config.eos_token_id
@@ -79,7 +88,8 @@ class TransformersBackend:
         while len(response) < min(sampling.max_tokens, room):
             logprobs_TV, cache = self._forward(fresh, cache)
             rows.append(logprobs_TV[-1])
-            response.append(draw(logprobs_TV[-1], sampling, generator))
+            live_V = logprobs_TV[-1, : self._job.spec.vocab_size]
+            response.append(draw(live_V, sampling, generator))
             if response[-1] in self._ends:
                 finish_reason = "stop"
                 break
@@ -126,6 +136,17 @@ class TransformersBackend:
             entropy_N=-terms.sum(dim=-1).float().numpy() if wants_entropy else None,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
+        )
+
+
+def _require_plain_head(model: Any) -> None:
+    found = [n for n in LOGIT_TRANSFORMS if getattr(model.config, n, None) not in (None, 1, 1.0)]
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        found.append("lm_head.bias")
+    if found:
+        raise TeacherError(
+            f"the transformers backend multiplies hidden states by lm_head and nothing else, this "
+            f"teacher also has {', '.join(found)}; use the vllm backend"
         )
 
 

@@ -15,6 +15,9 @@ from teacher_server.backends.vllm_capture import EXTENSION, EXTRA_COLUMNS, SUPPO
 from teacher_server.config import VllmBackendConfig
 from teacher_server.errors import CaptureError, TeacherError
 
+NEVER_SAMPLED = -100.0
+"""Added to the logits of padded ids: the strongest bias that vLLM accepts."""
+
 SELF_TEST_TOKENS = 4
 SELF_TEST_TOLERANCE_NATS = 1e-3
 SELF_TEST_TAIL_TOLERANCE = 1e-4
@@ -69,6 +72,9 @@ class VllmBackend:
         self._k = job.spec.kind.k
         self._on_cpu = vllm.platforms.current_platform.is_cpu()
         self._llm = vllm.LLM(**self._engine_options(job.backend))
+        # rows of a padded embedding must not be sampled; the recorded log-probs are taken before
+        padded = range(job.spec.vocab_size, self._llm.model_config.get_vocab_size())
+        self._padding_bias = dict.fromkeys(padded, NEVER_SAMPLED) or None
         self._runner = "unpatched"
         self._install_capture()
 
@@ -159,6 +165,7 @@ class VllmBackend:
             max_tokens=min(sampling.max_tokens, room),
             stop=list(sampling.stop) or None,
             seed=sampling_seed(sampling.seed, request.key),
+            logit_bias=self._padding_bias,
             logprobs=num_logprobs,
             # decoding the candidates of every position costs more than sampling them
             detokenize=bool(sampling.stop),
