@@ -58,11 +58,19 @@ class RunConfig(Config):
     """What all students share."""
     students: dict[str, Tree] = Field(default_factory=dict)
     """NAME: overrides of ``train``, such as ``{loss.weight.soft_weight: 0.0}``. Without any, one
-    student called ``student`` is trained as ``train`` says."""
+    student called ``student`` is trained as ``train`` says. ``--set students.NAME=null`` leaves
+    one out."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """What is measured on the held-out prompts."""
     cluster: ClusterConfig = ClusterConfig()
     """Where the work runs."""
+
+    @field_validator("students", mode="before")
+    @classmethod
+    def _null_leaves_out(cls, students: object) -> object:
+        if not isinstance(students, dict):
+            return students
+        return {name: change for name, change in students.items() if change is not None}
 
     @field_validator("students")
     @classmethod

@@ -1,6 +1,6 @@
 """The content-addressed label cache: find, read and append label sets.
 
-Layout below the store's URI (``docs/format.md`` section 3)::
+Layout below the store's URI (``docs/format.md`` section 1)::
 
     label_sets/<label set key>/spec.json
     label_sets/<label set key>/commits/00000001.json

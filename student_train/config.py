@@ -91,7 +91,11 @@ class PrunedModelConfig(Config):
 
 
 class TrainConfig(Config):
-    """Everything that decides what a student becomes. Enters the student's key as a whole."""
+    """Everything that decides what a student becomes.
+
+    All of it enters the student's key: ``model`` by content, and only ``checkpoint_every_steps``
+    does not.
+    """
 
     model: str | PrunedModelConfig
     """Directory of the untrained student, or how to make one."""

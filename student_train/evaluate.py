@@ -23,7 +23,8 @@ def evaluate_student(job: EvaluateJob) -> None:
     """
     torch.set_num_threads(job.threads)
     reader = LabelReader(job.labels)
-    language_model = load_causal_lm(job.model, "bfloat16").eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    language_model = load_causal_lm(job.model, "bfloat16").eval().to(device)
     loss = HybridLossConfig(soft="forward_kl", weight=StaticWeightConfig(soft_weight=1.0))
     student = Student(language_model, loss, reader.vocab_size)
     sums = dict.fromkeys(("kl", "cross_entropy", "agreement"), 0.0)
@@ -32,7 +33,7 @@ def evaluate_student(job: EvaluateJob) -> None:
         for indices in split_by_padded_size(
             everything, reader.num_tokens, job.evaluate.micro_tokens
         ):
-            batch = collate(reader.read(indices), "sampled")
+            batch = collate(reader.read(indices), "sampled").to(device)
             terms = student(batch)
             sums["kl"] += float(terms.soft_M.sum())
             sums["cross_entropy"] += float(terms.hard_M.sum())
@@ -62,8 +63,8 @@ def _generate(language_model: Any, reader: LabelReader, job: EvaluateJob) -> lis
         mask[row, width - len(sample.prompt_ids_P) :] = 1
     with torch.inference_mode():
         output = language_model.generate(
-            input_ids=torch.from_numpy(input_ids),
-            attention_mask=torch.from_numpy(mask),
+            input_ids=torch.from_numpy(input_ids).to(language_model.device),
+            attention_mask=torch.from_numpy(mask).to(language_model.device),
             max_new_tokens=job.evaluate.max_new_tokens,
             do_sample=False,
         )

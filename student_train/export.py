@@ -37,9 +37,11 @@ def export_student(
         if not (tied and name == head)
     }
     try:
-        language_model.config.dtype = torch.bfloat16
         language_model.config.use_cache = True
         language_model.save_pretrained(temporary, state_dict=weights)
+        # after the weights: saving them writes the dtype that the model had in training
+        language_model.config.dtype = torch.bfloat16
+        language_model.config.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(temporary)
         if (source / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(source).save_pretrained(temporary)

@@ -154,9 +154,9 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = path.read_text().splitlines()[:finished_steps] if path.exists() else []
         path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a")
+        self._path = path
 
     def add(self, metrics: dict[str, float]) -> None:
-        """Append one line and make it visible to readers."""
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
+        """Append one line; it is visible to readers at once."""
+        with self._path.open("a") as stream:
+            stream.write(json.dumps(metrics) + "\n")

@@ -195,7 +195,7 @@ def label_set_spec(
             tokenizer=tokenizer if label.sampling.stop else None,
         ),
         kind=label.kind,
-        columns=tuple(sorted(label.columns)),
+        columns=tuple(sorted(set(label.columns))),
         tail="exact",
         vocab_size=vocab_size,
     )

@@ -151,7 +151,8 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _json_row(data: bytes) -> dict[str, Any] | BadRowError:
     try:
-        row = json.loads(data.decode("utf-8"))
+        # without the line break: what is missing is missing at the end of this line
+        row = json.loads(data.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return BadRowError(f"not valid UTF-8: {error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:

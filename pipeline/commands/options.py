@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -39,14 +39,27 @@ def open_project(config: Path, overrides: list[str] | None, *, as_json: bool) ->
 
 
 def console(*, as_json: bool) -> "Console":
-    """Where people read; stdout belongs to the data when it is asked for as JSON."""
+    """Where people read.
+
+    With ``--json``, stdout belongs to the document: everything else that this process prints,
+    messages of libraries included, goes to stderr.
+    """
     from rich.console import Console
 
+    if as_json and sys.stdout is not sys.stderr:
+        _data_stream.append(sys.stdout)
+        sys.stdout = sys.stderr
     return Console(stderr=as_json)
 
 
+_data_stream: list[TextIO] = []
+"""The real stdout, while it is reserved for the document."""
+
+
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """One JSON document on stdout, which is given back."""
+    if _data_stream:
+        sys.stdout = _data_stream.pop()
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
 
 

@@ -36,12 +36,16 @@ class TeacherWorker:
     """One engine in a process of its own (a Ray actor)."""
 
     def __init__(self, job: TeacherJob, store_uri: str, facts: dict[str, str]) -> None:
-        self._backend = start_backend(job)
+        self._job = job
         self._label_set = LabelStore(store_uri).open(job.spec.key)
         self._facts = facts
 
-    def ready(self) -> dict[str, str]:
-        """Engine, version and device, once the engine runs."""
+    def start(self) -> dict[str, str]:
+        """Start the engine; returns its name, version and device.
+
+        Not part of the constructor: a failure there would reach the driver as text only.
+        """
+        self._backend = start_backend(self._job)
         return self._backend.describe()
 
     def label(self, requests: list[SampleRequest], commit_samples: int) -> Iterator[LabelProgress]:
@@ -134,8 +138,8 @@ class _LabelJob:
             (misses[start : start + size], 1) for start in range(0, len(misses), size)
         )
         replicas = min(self._backend.replicas, len(partitions))
-        idle = [self._start_worker() for _ in range(replicas)]
-        ray.get([worker.ready.remote() for worker in idle])
+        idle = [self._new_worker() for _ in range(replicas)]
+        self._start(idle)
         self._progress.reset(self._bar, description="labelling")
         running: dict[Any, tuple[Any, list[SampleRequest], int, LabelProgress | None]] = {}
         while partitions or running:
@@ -163,7 +167,9 @@ class _LabelJob:
                     ) from error
                 remaining = set(left)
                 partitions.append(([r for r in requests if r.key in remaining], attempt + 1))
-                idle.append(self._start_worker())
+                replacement = self._new_worker()
+                self._start([replacement])
+                idle.append(replacement)
                 continue
             except ray.exceptions.RayTaskError as error:
                 raise unwrapped(error) from None
@@ -172,7 +178,14 @@ class _LabelJob:
         for worker in idle:
             ray.kill(worker)
 
-    def _start_worker(self) -> Any:
+    def _start(self, workers: list[Any]) -> None:
+        ray = self._cluster.ray
+        try:
+            ray.get([worker.start.remote() for worker in workers])
+        except ray.exceptions.RayTaskError as error:
+            raise unwrapped(error) from None
+
+    def _new_worker(self) -> Any:
         env = {}
         gpus = 0
         if isinstance(self._backend, VllmBackendConfig):

@@ -33,7 +33,8 @@ class Demo:
             "teacher.backend.max_num_seqs": 4,
             "train.model.keep_layers": "[0, 29]",
             "train.batch": "{tokens: 512, micro_tokens: 512}",
-            "students": "{hybrid: {loss.weight.soft_weight: 0.5}}",
+            "students.hard": "null",
+            "students.soft": "null",
             "evaluate": "{generations: 1, max_new_tokens: 4}",
         }
         return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from storage.store import LabelStore
 
-
 TOTAL = 24
 """20 training and 4 held-out prompts."""
 
@@ -75,19 +74,19 @@ def test_a_second_run_does_nothing_and_says_so(demo) -> None:
 
 
 def test_another_student_reuses_the_labels(demo) -> None:
-    output = demo.run("run", "--set", "students.soft.loss.weight.soft_weight=1.0")
+    output = demo.run("run", "--set", "students.mine.loss.weight.soft_weight=0.8")
     assert "the teacher was called 0 times" in output
     assert "student hybrid: already published, skipped" in output
-    assert "student soft: trained (teacher forward tokens: 0)" in output
+    assert "student mine: trained (teacher forward tokens: 0)" in output
     assert set(demo.stored_keys().values()) == {1}
 
 
 def test_trained_students_are_closer_to_the_teacher_than_the_untrained_one(demo) -> None:
     report = json.loads((demo.run_folder / "report.json").read_text())
     kl = {entry["name"]: entry["metrics"]["kl"] for entry in report["evaluations"]}
-    assert set(kl) == {"untrained", "hybrid", "soft"}
+    assert set(kl) == {"untrained", "hybrid", "mine"}
     assert kl["hybrid"] < 0.8 * kl["untrained"]
-    assert kl["soft"] < 0.8 * kl["untrained"]
+    assert kl["mine"] < 0.8 * kl["untrained"]
 
 
 def test_the_report_is_one_self_contained_page(demo) -> None:
@@ -126,13 +125,3 @@ def test_an_exported_student_answers_in_vllm(demo) -> None:
         check=False,
     )
     assert "answered" in done.stdout, done.stderr[-3000:]
-
-
-def test_new_prompts_are_labelled_and_old_ones_are_not_asked_again(demo) -> None:
-    before = demo.committed_files()
-    with (demo.directory / "train.jsonl").open("a") as stream:
-        stream.write('{"prompt": "Name a colour."}\n{"prompt": "Name a fruit."}\n')
-    assert '"labelled": 2' in demo.run("label", "--json")
-    after = demo.committed_files()
-    assert {name: after[name] for name in before} == before
-    assert len(demo.stored_keys()) == TOTAL + 2

@@ -1,4 +1,4 @@
-"""Teacher labels and tiny students for the tests of this folder."""
+"""A tiny student, its tokenizer, and cached labels that fit them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,18 +8,21 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCAB = 40
-"""Tokens of the tiny tokenizer."""
-PADDED_VOCAB = 48
-"""Rows of the tiny model's embedding."""
+from storage.samples import LabelledSample
+from storage.selection import SampleRequest, Selection
+from storage.store import LabelStore
+from storage.testing import make_sample, make_spec
+from student_train.config import LabelSource
 
-SaveModel = Callable[..., Path]
+VOCAB_SIZE = 40
+"""Tokens of the tokenizer, which is the effective vocabulary of the labels."""
+EMBEDDING_ROWS = 48
+"""Rows of the student's embedding: eight are padding."""
 
 
-def tiny_config(**changes: object) -> LlamaConfig:
-    """Three layers, hidden size 16."""
+def _model(**changes: object) -> LlamaForCausalLM:
     settings = {
-        "vocab_size": PADDED_VOCAB,
+        "vocab_size": EMBEDDING_ROWS,
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_hidden_layers": 3,
@@ -31,42 +34,53 @@ def tiny_config(**changes: object) -> LlamaConfig:
         "eos_token_id": 1,
         **changes,
     }
-    return LlamaConfig(**settings)  # type: ignore[arg-type]  # one dict of many types
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**settings)).eval()  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def tiny_llama() -> Callable[..., LlamaForCausalLM]:
-    """A function that makes a random model; keyword arguments change its config."""
-
-    def make(**changes: object) -> LlamaForCausalLM:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return LlamaForCausalLM(tiny_config(**changes)).eval()
-
-    return make
+def tiny_model() -> Callable[..., LlamaForCausalLM]:
+    """A function that makes a random Llama of three layers; its arguments change the config."""
+    return _model
 
 
 @pytest.fixture
-def save_model(tiny_llama: Callable[..., LlamaForCausalLM]) -> SaveModel:
-    """A function that writes a random model with its tokenizer and returns the directory."""
+def save_student() -> Callable[..., Path]:
+    """A function that writes a random student to a directory and returns it."""
 
-    def save(directory: Path, **changes: object) -> Path:
-        tiny_llama(**changes).save_pretrained(directory)
-        write_tokenizer(directory)
+    def save(directory: Path, *, swap_tokens: bool = False, **changes: object) -> Path:
+        _model(**changes).save_pretrained(directory)
+        vocabulary = {"<s>": 0, "</s>": 1} | {f"w{n}": n for n in range(2, VOCAB_SIZE)}
+        if swap_tokens:
+            vocabulary["w7"], vocabulary["w8"] = 8, 7
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="</s>")),
+            bos_token="<s>",
+            eos_token="</s>",
+        )
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+        tokenizer.save_pretrained(directory)
         return directory
 
     return save
 
 
-def write_tokenizer(directory: Path, *, swapped: bool = False) -> None:
-    """A word-level tokenizer of VOCAB tokens; ``swapped`` exchanges the ids of two of them."""
-    vocabulary = {"<s>": 0, "</s>": 1, **{f"w{number}": number for number in range(2, VOCAB)}}
-    if swapped:
-        vocabulary["w7"], vocabulary["w8"] = 8, 7
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="</s>")),
-        bos_token="<s>",
-        eos_token="</s>",
+@pytest.fixture
+def samples() -> list[LabelledSample]:
+    """Six samples of different lengths: prompts of 4 to 6 tokens, responses of 2 to 7."""
+    spec = make_spec(vocab_size=VOCAB_SIZE)
+    return [make_sample(number, spec, num_tokens=2 + number) for number in range(6)]
+
+
+@pytest.fixture
+def labels(tmp_path: Path, samples: list[LabelledSample]) -> LabelSource:
+    """A store that holds these samples, and a selection of all of them."""
+    store = LabelStore(str(tmp_path / "store"), create=True)
+    label_set = store.create(make_spec(vocab_size=VOCAB_SIZE), {})
+    label_set.append(samples, {})
+    requests = tuple(
+        SampleRequest(s.key, s.sample_index, s.prompt_ids_P, None, ()) for s in samples
     )
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    tokenizer.save_pretrained(directory)
+    selection = Selection(requests).save(store.objects)
+    return LabelSource(store=store.uri, label_set=label_set.key, selection=selection)

@@ -1,7 +1,6 @@
 """The fast loss equals the obvious one, in value and in gradient, whatever the shapes."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -103,10 +102,9 @@ def only_soft(num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows per matrix product, so that a few rows are several chunks, the last one short."""
     monkeypatch.setattr(fused_linear, "CHUNK_ROWS", 3)
-    yield
 
 
 # -- against the reference ------------------------------------------------------------------------
@@ -408,7 +406,7 @@ def test_no_rows_give_zero_and_zero_gradients(divergence: str) -> None:
     """A rank without supervised tokens still goes backward, and finds no NaN."""
     rows, (hidden, weight) = make_rows(3, 5).rows(0, 0), make_leaves(0)
     terms = fused(hidden, weight, rows, divergence)
-    assert float(terms.total) == 0.0
+    assert terms.total.item() == 0.0
     assert terms.soft_M.shape == terms.hard_M.shape == terms.student_argmax_M.shape == (0,)
     hidden_gradient, weight_gradient = gradients(terms.total, hidden, weight)
     assert hidden_gradient.shape == (0, H)

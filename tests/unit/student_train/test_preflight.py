@@ -1,0 +1,83 @@
+"""A student that would misread the cached ids is refused before the first step."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from storage.errors import ConfigError
+from student_train.config import LabelSource
+from student_train.data import LabelReader
+from student_train.errors import PreflightError
+from student_train.preflight import check_student_fits_labels
+
+SaveStudent = Callable[..., Path]
+
+
+def check(student: Path, teacher: Path, labels: LabelSource) -> None:
+    check_student_fits_labels(str(student), str(teacher), LabelReader(labels))
+
+
+def test_a_student_with_the_teachers_tokenizer_fits(
+    tmp_path: Path, save_student: SaveStudent, labels: LabelSource
+) -> None:
+    check(save_student(tmp_path / "student"), save_student(tmp_path / "teacher"), labels)
+
+
+def test_a_student_whose_tokenizer_has_more_tokens_fits(
+    tmp_path: Path, save_student: SaveStudent, labels: LabelSource
+) -> None:
+    student = save_student(tmp_path / "student")
+    document = json.loads((student / "tokenizer.json").read_text())
+    document["model"]["vocab"]["w40"] = 40
+    (student / "tokenizer.json").write_text(json.dumps(document))
+    check(student, save_student(tmp_path / "teacher"), labels)
+
+
+def test_another_tokenizer_is_refused_naming_a_token(
+    tmp_path: Path, save_student: SaveStudent, labels: LabelSource
+) -> None:
+    student = save_student(tmp_path / "student", swap_tokens=True)
+    teacher = save_student(tmp_path / "teacher")
+    expected = r"maps 2 of 40 tokens to other ids .*first: 'w7', 7 in the labels, 8 in the student"
+    with pytest.raises(PreflightError, match=expected):
+        check(student, teacher, labels)
+
+
+def test_a_token_that_the_student_lacks_is_named(
+    tmp_path: Path, save_student: SaveStudent, labels: LabelSource
+) -> None:
+    student = save_student(tmp_path / "student")
+    document = json.loads((student / "tokenizer.json").read_text())
+    del document["model"]["vocab"]["w39"]
+    (student / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(PreflightError, match="'w39', 39 in the labels, None in the student"):
+        check(student, save_student(tmp_path / "teacher"), labels)
+
+
+def test_a_student_without_a_tokenizer_is_refused(
+    tmp_path: Path, save_student: SaveStudent, labels: LabelSource
+) -> None:
+    student = save_student(tmp_path / "student")
+    (student / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
+        check(student, save_student(tmp_path / "teacher"), labels)
+
+
+@pytest.mark.parametrize("context", [11, 12])
+def test_a_context_shorter_than_the_longest_sample_is_refused(
+    tmp_path: Path, save_student: SaveStudent, labels: LabelSource, context: int
+) -> None:
+    # sample 5: a prompt of 4 + 5 % 3 = 6 tokens, a response of 2 + 5 = 7: 13 tokens
+    student = save_student(tmp_path / "student", max_position_embeddings=context)
+    expected = f"longest sample has 13 tokens, the student's context is {context}"
+    with pytest.raises(PreflightError, match=expected):
+        check(student, save_student(tmp_path / "teacher"), labels)
+
+
+def test_a_context_of_exactly_the_longest_sample_fits(
+    tmp_path: Path, save_student: SaveStudent, labels: LabelSource
+) -> None:
+    student = save_student(tmp_path / "student", max_position_embeddings=13)
+    check(student, save_student(tmp_path / "teacher"), labels)
