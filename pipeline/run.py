@@ -11,7 +11,7 @@ from pipeline.steps.evaluate import Evaluation, evaluate_students
 from pipeline.steps.label import label_missing
 from pipeline.steps.plan import Plan, make_plan
 from pipeline.steps.prepare import PreparedTeacher, prepare_student, prepare_teacher
-from pipeline.steps.train import TrainedStudent, train_student
+from pipeline.steps.train import StudentRequest, TrainedStudent, train_students
 from storage.errors import ConfigError, NotLabelledError
 
 
@@ -66,24 +66,17 @@ def train_project(
             f"{len(missing)} of {len(wanted)} training samples have no labels yet; "
             "run `distill label` first"
         )
-    students = []
-    for name, train in configs.items():
-        untrained = prepare_student(project, train.model, teacher)
-        student = train_student(
-            project,
-            name,
-            train,
-            plan=plan,
-            teacher=teacher,
-            untrained=untrained,
-            cluster=cluster,
-        )
+    requests = [
+        StudentRequest(name, train, prepare_student(project, train.model, teacher))
+        for name, train in configs.items()
+    ]
+    students = train_students(project, requests, plan=plan, teacher=teacher, cluster=cluster)
+    for student in students:
         state = "already published, skipped" if student.was_published else "trained"
         project.say(
-            f"student {name}: {state} (teacher forward tokens: "
+            f"student {student.name}: {state} (teacher forward tokens: "
             f"{student.result['teacher_forward_tokens']})"
         )
-        students.append(student)
     return students
 
 

@@ -82,6 +82,7 @@ class TopKSpec(Config):
 
     type: Literal["topk"] = "topk"
     k: int = Field(default=64, ge=1, le=1024)
+    """Tokens kept per position."""
 
 
 class LabelSetSpec(Config):

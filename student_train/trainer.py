@@ -26,7 +26,8 @@ MODEL_DIRECTORY = "model"
 def train_student(job: TrainJob) -> None:
     """Train one student from cached labels and export it to ``<output>/model``.
 
-    Resumes from the last checkpoint of the same job. Each optimiser step adds one line to
+    Does nothing where the model is exported already, and resumes from the last checkpoint of the
+    same job. Each optimiser step adds one line to
     ``metrics.jsonl``: sums over all ranks divided by the global number of supervised tokens.
 
     Raises:
@@ -34,6 +35,9 @@ def train_student(job: TrainJob) -> None:
         NotLabelledError: if the label set lacks samples.
         NonFiniteLossError: if a loss is not finite.
     """
+    output = Path(job.output)
+    if (output / MODEL_DIRECTORY).is_dir():
+        return
     prepare_process(job.threads)
     torch.manual_seed(job.train.seed)
     reader = LabelReader(job.labels)
@@ -44,7 +48,6 @@ def train_student(job: TrainJob) -> None:
     student = Student(language_model, job.train.loss, reader.vocab_size)
     engine = initialize(student, job.train)
     rank, world_size = world()
-    output = Path(job.output)
     checkpoints = Checkpoints(
         output / "checkpoints",
         {"job": key_of([job.train, job.labels, job.model]), "world_size": str(world_size)},

@@ -89,17 +89,15 @@ def _labels(project: Project, plan: Plan) -> dict[str, Any]:
 
 def _costs(project: Project) -> list[dict[str, Any]]:
     """One row per finished step of all runs of this project, in order."""
-    names = ("student", "models", "model", "samples", "seconds")
     return [
         {
             "step": event["step"],
-            "what": event.get("student")
-            or event.get("model")
-            or ", ".join(event.get("models", [])),
+            "what": ", ".join(
+                event.get("students") or event.get("models") or [event.get("model", "")]
+            ),
             "seconds": event["seconds"],
             "teacher_forward_tokens": event.get("teacher_forward_tokens", 0),
             "trained_tokens": event.get("trained_tokens", 0),
-            **{name: event[name] for name in names if name == "samples" and name in event},
         }
         for event in project.events()
         if event["event"] == "finished"

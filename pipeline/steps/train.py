@@ -1,11 +1,11 @@
-"""Train one student from cached labels under Ray Train, with DeepSpeed inside."""
+"""Train students from cached labels under Ray Train, with DeepSpeed inside."""
 
 import importlib
 import json
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,15 @@ MAX_FAILURES = 2
 
 
 @dataclass(frozen=True, slots=True)
+class StudentRequest:
+    """A student that the project wants."""
+
+    name: str
+    train: TrainConfig
+    untrained: PreparedModel
+
+
+@dataclass(frozen=True, slots=True)
 class TrainedStudent:
     """A published student."""
 
@@ -57,47 +66,86 @@ class TrainedStudent:
         return str(self.directory / MODEL_DIRECTORY)
 
 
-def train_student(
+def train_students(
     project: Project,
-    name: str,
-    train: TrainConfig,
+    requests: Sequence[StudentRequest],
     *,
     plan: Plan,
     teacher: PreparedTeacher,
-    untrained: PreparedModel,
     cluster: Cluster,
-) -> TrainedStudent:
-    """Train a student, or return it if the same one is published.
+) -> list[TrainedStudent]:
+    """Train the students that are not published yet; returns all, in the given order.
 
-    Its key covers everything that decides what it becomes: settings, initial weights, labels and
+    They are trained one after the other by the same processes, whose start costs more than a small
+    student. Each is published by itself, so a crash loses at most the one in training, and that
+    one goes on from its last checkpoint.
+    """
+    places = {request.name: _place(project, request, plan) for request in requests}
+    published = {
+        request.name for request in requests if (places[request.name][1] / RESULT_FILE).is_file()
+    }
+    missing = [request for request in requests if request.name not in published]
+    if missing:
+        jobs = [
+            _job(project, request, plan, teacher, places[request.name][1], cluster)
+            for request in missing
+        ]
+        before = teacher_forward_tokens(project.events())
+        names = [request.name for request in missing]
+        with project.timed("train", students=names) as cost:
+            with _progress_bars(project, dict(zip(names, jobs, strict=True))):
+                _fit(project, jobs, cluster)
+            cost["teacher_forward_tokens"] = teacher_forward_tokens(project.events()) - before
+            results = [
+                _publish(project, request, *places[request.name], plan, cost) for request in missing
+            ]
+            cost["trained_tokens"] = sum(result["trained_tokens"] for result in results)
+    return [
+        TrainedStudent(
+            name=request.name,
+            key=places[request.name][0],
+            directory=places[request.name][1],
+            untrained=request.untrained,
+            result=json.loads((places[request.name][1] / RESULT_FILE).read_text()),
+            was_published=request.name in published,
+        )
+        for request in requests
+    ]
+
+
+def _place(project: Project, request: StudentRequest, plan: Plan) -> tuple[str, Path]:
+    """Key and folder of a student.
+
+    The key covers everything that decides what it becomes: settings, initial weights, labels and
     selection.
     """
     key = key_of(
         {
-            "train": train.model_dump(mode="json", exclude={"checkpoint_every_steps", "model"}),
-            "untrained": untrained.fingerprint,
+            "train": request.train.model_dump(
+                mode="json", exclude={"checkpoint_every_steps", "model"}
+            ),
+            "untrained": request.untrained.fingerprint,
             "label_set": plan.spec.key,
             "selection": plan.selection_keys["train"],
         }
     )
-    directory = project.directory / "students" / f"{name}-{key[:12]}"
-    result = project.read_json(f"students/{directory.name}/{RESULT_FILE}")
-    if result is not None:
-        return TrainedStudent(name, key, directory, untrained, result, was_published=True)
-    before = teacher_forward_tokens(project.events())
-    job = _job(project, name, train, plan, teacher, untrained, directory, cluster.student_threads)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "job.json", job.model_dump_json(indent=1).encode())
-    with project.timed("train", student=name) as cost:
-        with _progress_bar(project, name, directory / METRICS_FILE):
-            _fit(project, job, cluster)
-        metrics = _metrics(directory / METRICS_FILE)
-        cost["teacher_forward_tokens"] = teacher_forward_tokens(project.events()) - before
-        cost["trained_tokens"] = sum(m["tokens"] for m in metrics)
+    return key, project.directory / "students" / f"{request.name}-{key[:12]}"
+
+
+def _publish(
+    project: Project,
+    request: StudentRequest,
+    key: str,
+    directory: Path,
+    plan: Plan,
+    cost: dict[str, Any],
+) -> dict[str, Any]:
+    """Write ``student.json``: the student exists from here on."""
+    metrics = _metrics(directory / METRICS_FILE)
     result = {
-        "name": name,
+        "name": request.name,
         "key": key,
-        "train": train.model_dump(mode="json"),
+        "train": request.train.model_dump(mode="json"),
         "label_set": plan.spec.key,
         "selection": plan.selection_keys["train"],
         "steps": len(metrics),
@@ -106,22 +154,22 @@ def train_student(
         "teacher_forward_tokens": cost["teacher_forward_tokens"],
         "final": metrics[-1],
     }
-    project.write_json(f"students/{directory.name}/{RESULT_FILE}", result)
-    return TrainedStudent(name, key, directory, untrained, result, was_published=False)
+    write_atomically(directory / RESULT_FILE, json.dumps(result, indent=1).encode())
+    return result
 
 
 def _job(
     project: Project,
-    name: str,
-    train: TrainConfig,
+    request: StudentRequest,
     plan: Plan,
     teacher: PreparedTeacher,
-    untrained: PreparedModel,
     directory: Path,
-    threads: int,
+    cluster: Cluster,
 ) -> TrainJob:
+    """The job of one student, also written to ``job.json`` for a run without Ray."""
+    train, untrained = request.train, request.untrained
     card = {
-        "student": f"{project.config.name}/{name}",
+        "student": f"{project.config.name}/{request.name}",
         "untrained student": f"{train.model!r}, fingerprint {untrained.key}",
         "teacher": f"{project.config.teacher.model!r}, fingerprint {teacher.model.key}",
         "label set": plan.spec.key,
@@ -133,7 +181,7 @@ def _job(
         **(project.read_json("provenance.json") or {}),
     }
     card.pop("host", None)
-    return TrainJob(
+    job = TrainJob(
         labels=LabelSource(
             store=project.store_uri,
             label_set=plan.spec.key,
@@ -144,18 +192,21 @@ def _job(
         train=train,
         output=str(directory),
         card=card,
-        threads=threads,
+        threads=cluster.student_threads,
     )
+    write_atomically(directory / "job.json", job.model_dump_json(indent=1).encode())
+    return job
 
 
-def _train_loop(job_json: dict[str, str]) -> None:
+def _train_loop(config: dict[str, list[str]]) -> None:
     """What every Ray Train worker runs; Ray has set the ranks."""
-    from student_train.trainer import train_student as train
+    from student_train.trainer import train_student
 
-    train(TrainJob.model_validate_json(job_json["job"]))
+    for text in config["jobs"]:
+        train_student(TrainJob.model_validate_json(text))
 
 
-def _fit(project: Project, job: TrainJob, cluster: Cluster) -> None:
+def _fit(project: Project, jobs: list[TrainJob], cluster: Cluster) -> None:
     ray: Any = cluster.ray
     importlib.import_module("ray.train.torch")  # an attribute of ray from here on
     config = project.config.cluster
@@ -164,24 +215,24 @@ def _fit(project: Project, job: TrainJob, cluster: Cluster) -> None:
     bookkeeping = project.directory / ".ray"
     trainer = ray.train.torch.TorchTrainer(
         _train_loop,
-        train_loop_config={"job": job.model_dump_json()},
+        train_loop_config={"jobs": [job.model_dump_json() for job in jobs]},
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.student_workers,
             use_gpu=use_gpu,
             resources_per_worker={
-                "CPU": job.threads,
+                "CPU": cluster.student_threads,
                 **({"GPU": config.gpus_per_worker} if use_gpu else {}),
             },
         ),
         run_config=ray.train.RunConfig(
-            name=f"{Path(job.output).name}-{uuid.uuid4().hex[:8]}",
+            name=uuid.uuid4().hex[:12],
             storage_path=str(bookkeeping),
             failure_config=ray.train.FailureConfig(
                 max_failures=MAX_FAILURES, controller_failure_limit=1
             ),
             worker_runtime_env={
-                "env_vars": {**QUIET_ENVIRONMENT, "OMP_NUM_THREADS": str(job.threads)}
+                "env_vars": {**QUIET_ENVIRONMENT, "OMP_NUM_THREADS": str(cluster.student_threads)}
             },
         ),
     )
@@ -209,8 +260,8 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _progress_bar(project: Project, name: str, path: Path) -> Iterator[None]:
-    """Show the training from the lines that it writes, until the block ends."""
+def _progress_bars(project: Project, jobs: dict[str, TrainJob]) -> Iterator[None]:
+    """Show every training from the lines that it writes, until the block ends."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -221,19 +272,23 @@ def _progress_bar(project: Project, name: str, path: Path) -> Iterator[None]:
     )
     finished = threading.Event()
     with Progress(*columns, console=project.console) as progress:
-        bar = progress.add_task(f"starting {name}", total=None, loss="")
+        bars = {
+            name: progress.add_task(f"training {name}", start=False, total=None, loss="")
+            for name in jobs
+        }
 
         def show() -> None:
-            metrics = _metrics(path)
-            if metrics:
-                last = metrics[-1]
-                progress.update(
-                    bar,
-                    description=f"training {name}",
-                    total=last["total_steps"],
-                    completed=last["step"],
-                    loss=f"loss {last['loss']:.3f}",
-                )
+            for name, job in jobs.items():
+                metrics = _metrics(Path(job.output) / METRICS_FILE)
+                if metrics:
+                    last = metrics[-1]
+                    progress.start_task(bars[name])
+                    progress.update(
+                        bars[name],
+                        total=last["total_steps"],
+                        completed=last["step"],
+                        loss=f"loss {last['loss']:.3f}",
+                    )
 
         def watch() -> None:
             while not finished.wait(POLL_S):

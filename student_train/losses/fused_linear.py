@@ -143,7 +143,7 @@ class _FusedLinear(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)  # type: ignore[attr-defined]
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)  # type: ignore[attr-defined]
         return grad_hidden, grad_weight, None, None, None, None, None
 
 

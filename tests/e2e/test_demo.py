@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from storage.store import LabelStore
+
+REPOSITORY = Path(__file__).parent.parent.parent
 
 TOTAL = 24
 """20 training and 4 held-out prompts."""
@@ -120,7 +123,7 @@ def test_an_exported_student_answers_in_vllm(demo) -> None:
         [sys.executable, "-c", script, str(student)],
         capture_output=True,
         text=True,
-        cwd=demo.directory.parent,
+        cwd=REPOSITORY,
         timeout=300,
         check=False,
     )

@@ -115,7 +115,7 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_name(
         ("data.train=[{path: a}, {}]", "missing key 'data.train.1.path'"),
         ("name=a/b", "name: String should match pattern"),
         ("students.untrained={}", "students: 'untrained' cannot be the name of a student"),
-        ("students={a: }", "students.a: Input should be a valid dictionary, found None"),
+        ("students={a: 3}", "students.a: Input should be a valid dictionary, found 3"),
         ("students.a.loss.weight.soft_weight=2", "students.a: loss.weight.soft_weight: Input"),
         ("train=null", "OK"),
     ],
@@ -261,6 +261,11 @@ def test_students_are_train_with_their_own_changes(file: Path) -> None:
     for config in configs.values():
         assert config.seed == 5
         assert config.model == PrunedModelConfig(keep_layers=(0, 2))
+
+
+def test_a_student_that_is_null_is_left_out(file: Path) -> None:
+    loaded = load_config(file, ["students={a: {epochs: 2}, b: {epochs: 3}}", "students.b=null"])
+    assert list(loaded.student_configs()) == ["a"]
 
 
 def test_the_name_of_a_student_may_hold_a_dot(file: Path) -> None:

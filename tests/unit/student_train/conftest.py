@@ -1,6 +1,6 @@
 """A tiny student, its tokenizer, and cached labels that fit them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,15 @@ VOCAB_SIZE = 40
 """Tokens of the tokenizer, which is the effective vocabulary of the labels."""
 EMBEDDING_ROWS = 48
 """Rows of the student's embedding: eight are padding."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _model(**changes: object) -> LlamaForCausalLM:
