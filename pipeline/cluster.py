@@ -13,6 +13,13 @@ from pipeline.config import ClusterConfig
 from pipeline.layout import check_layout
 from storage.errors import DistillError
 
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Ray's object store on one machine: progress messages are all it carries."""
+
+MEMORY_SHARE = 0.8
+"""Share of the machine's memory that engines and trainers get; the rest is the driver's, Ray's
+and the operating system's."""
+
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray otherwise turns token authentication on for some of its parts and not for others
@@ -73,11 +80,13 @@ class Cluster:
             import ray
 
             check_layout()
-            address = os.environ.get("RAY_ADDRESS") or self._config.address
-            local = address == "local"
+            address, local = self._address, self.is_local
             ray.init(
                 address=address,
                 num_cpus=self.cpus if local else None,
+                # labels never travel through Ray's object store; it takes 30 % when not told
+                object_store_memory=OBJECT_STORE_BYTES if local else None,
+                _memory=self._local_memory_bytes if local else None,
                 include_dashboard=False if local else None,
                 log_to_driver=bool(os.environ.get("DISTILL_WORKER_LOGS")),
                 logging_level=logging.ERROR,
@@ -85,6 +94,15 @@ class Cluster:
             )
             self._ray = ray
         return self._ray
+
+    @property
+    def _address(self) -> str:
+        return os.environ.get("RAY_ADDRESS") or self._config.address
+
+    @property
+    def is_local(self) -> bool:
+        """Whether Ray is started here, for this command alone."""
+        return self._address == "local"
 
     @property
     def cpus(self) -> int:
@@ -96,11 +114,22 @@ class Cluster:
         """CPU threads of one training process."""
         return self._config.student_threads or max(1, self.cpus // self._config.student_workers)
 
+    @property
+    def _local_memory_bytes(self) -> int:
+        """Memory of this machine that processes may share out."""
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return int(total * MEMORY_SHARE) - OBJECT_STORE_BYTES
+
+    def memory_bytes(self, threads: int) -> int:
+        """Memory share of a process with so many threads: shares never exceed the machine."""
+        return self._local_memory_bytes * threads // max(self.cpus, threads)
+
     def options(self, *, threads: int, gpus: float = 0, env: Mapping[str, str] = {}) -> Any:
         """Ray options of a task or actor: its share of the machine and its environment."""
         return {
             "num_cpus": threads,
             "num_gpus": gpus,
+            **({"memory": self.memory_bytes(threads)} if self.is_local else {}),
             "runtime_env": {
                 "env_vars": {**QUIET_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), **env}
             },

@@ -3,6 +3,8 @@
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -35,6 +37,24 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
+
+
+@contextmanager
+def published_directory(final: Path) -> Iterator[Path]:
+    """A temporary directory that becomes ``final`` when the block ends without an exception.
+
+    ``final`` appears whole or not at all. What a killed process left of an earlier try is removed,
+    so only one process at a time may work on one ``final``.
+    """
+    for stale in final.parent.glob(f".{final.name}.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = final.with_name(f".{final.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        publish_directory(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish_directory(temporary: Path, final: Path) -> None:

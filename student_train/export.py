@@ -1,8 +1,6 @@
 """The trained student as a plain Hugging Face directory."""
 
 import importlib.resources
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 from jinja2 import Environment
 from transformers import AutoTokenizer, GenerationConfig
 
-from storage.files import publish_directory
+from storage.files import published_directory
 
 
 def export_student(
@@ -28,7 +26,6 @@ def export_student(
         output: Directory to publish.
         card: Facts for the model card, in the order in which they are shown.
     """
-    temporary = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
     tied = language_model.config.tie_word_embeddings
     head = "lm_head.weight"
     weights = {
@@ -36,19 +33,16 @@ def export_student(
         for name, tensor in language_model.state_dict().items()
         if not (tied and name == head)
     }
-    try:
+    with published_directory(output) as directory:
         language_model.config.use_cache = True
-        language_model.save_pretrained(temporary, state_dict=weights)
+        language_model.save_pretrained(directory, state_dict=weights)
         # after the weights: saving them writes the dtype that the model had in training
         language_model.config.dtype = torch.bfloat16
-        language_model.config.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(temporary)
+        language_model.config.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(directory)
         if (source / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(source).save_pretrained(temporary)
-        (temporary / "README.md").write_text(render_model_card(card), encoding="utf-8")
-        publish_directory(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            GenerationConfig.from_pretrained(source).save_pretrained(directory)
+        (directory / "README.md").write_text(render_model_card(card), encoding="utf-8")
 
 
 def render_model_card(card: Mapping[str, str]) -> str:

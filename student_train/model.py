@@ -1,7 +1,5 @@
 """The student as a module: loading, pruning, and the forward pass that ends in a loss."""
 
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from storage.errors import ConfigError
-from storage.files import publish_directory
+from storage.files import published_directory
 from student_train.config import HybridLossConfig
 from student_train.data import MicroBatch
 from student_train.errors import PreflightError
@@ -115,10 +113,6 @@ def prune_layers(source: Path, keep: Sequence[int], output: Path) -> None:
     model.config.num_hidden_layers = len(keep)
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = [model.config.layer_types[index] for index in keep]
-    temporary = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(temporary)
-        publish_directory(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with published_directory(output) as directory:
+        model.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(directory)

@@ -1,12 +1,10 @@
 """A GGUF file as a Hugging Face directory, converted once."""
 
 import importlib.util
-import shutil
-import uuid
 from pathlib import Path
 
 from storage.errors import ConfigError
-from storage.files import publish_directory
+from storage.files import published_directory
 from teacher_server.config import GgufModelConfig
 
 GGUF_MAGIC = b"GGUF"
@@ -62,10 +60,6 @@ def convert_gguf(config: GgufModelConfig, output: Path) -> None:
         # without it the packed weights are kept and cannot be saved
         quantization_config=GgufConfig(dequantize=True),
     )
-    temporary = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        publish_directory(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with published_directory(output) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)

@@ -1,19 +1,12 @@
 """Ask the teacher for the misses: Ray actors, one engine each, that commit what they finish."""
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from pipeline.cluster import Cluster, unwrapped
+from pipeline.progress import Bars
 from pipeline.project import Project
 from pipeline.steps.plan import Plan
 from pipeline.steps.prepare import PreparedTeacher
@@ -113,23 +106,13 @@ class _LabelJob:
         self._finished = self._forward_tokens = self._response_tokens = 0
 
     def run(self, misses: list[SampleRequest], cost: dict[str, Any]) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self._project.console) as progress:
-            self._bar = progress.add_task("starting the teacher", total=len(misses), rate="")
-            self._progress = progress
+        """Label all misses; what was spent is in ``cost`` also when it fails."""
+        with Bars(self._project.console) as self._bars:
             try:
                 self._run(misses)
             finally:
                 cost["teacher_forward_tokens"] = self._forward_tokens
                 cost["response_tokens"] = self._response_tokens
-            progress.update(self._bar, description="labelled")
 
     def _run(self, misses: list[SampleRequest]) -> None:
         ray = self._cluster.ray
@@ -139,8 +122,9 @@ class _LabelJob:
         )
         replicas = min(self._backend.replicas, len(partitions))
         idle = [self._new_worker() for _ in range(replicas)]
-        self._start(idle)
-        self._progress.reset(self._bar, description="labelling")
+        with self._project.console.status("starting the teacher"):
+            self._start(idle)
+        self._num_misses, self._started = len(misses), time.monotonic()
         running: dict[Any, tuple[Any, list[SampleRequest], int, LabelProgress | None]] = {}
         while partitions or running:
             while idle and partitions:
@@ -202,9 +186,5 @@ class _LabelJob:
         self._finished += progress.finished_samples - before.finished_samples
         self._response_tokens += progress.response_tokens - before.response_tokens
         self._forward_tokens += progress.forward_tokens - before.forward_tokens
-        elapsed = self._progress.tasks[self._bar].elapsed or 1e-9
-        self._progress.update(
-            self._bar,
-            completed=self._finished,
-            rate=f"{self._response_tokens / elapsed:.0f} tok/s",
-        )
+        rate = self._response_tokens / max(1e-9, time.monotonic() - self._started)
+        self._bars.show("labelling", self._finished, self._num_misses, f"{rate:.0f} tok/s")

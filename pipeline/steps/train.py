@@ -11,16 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from pipeline.cluster import QUIET_ENVIRONMENT, Cluster, unwrapped
+from pipeline.progress import Bars
 from pipeline.project import Project, teacher_forward_tokens
 from pipeline.steps.plan import Plan
 from pipeline.steps.prepare import PreparedModel, PreparedTeacher
@@ -222,6 +214,11 @@ def _fit(project: Project, jobs: list[TrainJob], cluster: Cluster) -> None:
             use_gpu=use_gpu,
             resources_per_worker={
                 "CPU": cluster.student_threads,
+                **(
+                    {"memory": cluster.memory_bytes(cluster.student_threads)}
+                    if cluster.is_local
+                    else {}
+                ),
                 **({"GPU": config.gpus_per_worker} if use_gpu else {}),
             },
         ),
@@ -262,33 +259,17 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 @contextmanager
 def _progress_bars(project: Project, jobs: dict[str, TrainJob]) -> Iterator[None]:
     """Show every training from the lines that it writes, until the block ends."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     finished = threading.Event()
-    with Progress(*columns, console=project.console) as progress:
-        bars = {
-            name: progress.add_task(f"training {name}", start=False, total=None, loss="")
-            for name in jobs
-        }
+    with Bars(project.console) as bars, project.console.status("starting the trainer") as status:
 
         def show() -> None:
             for name, job in jobs.items():
                 metrics = _metrics(Path(job.output) / METRICS_FILE)
                 if metrics:
+                    status.stop()
                     last = metrics[-1]
-                    progress.start_task(bars[name])
-                    progress.update(
-                        bars[name],
-                        total=last["total_steps"],
-                        completed=last["step"],
-                        loss=f"loss {last['loss']:.3f}",
-                    )
+                    loss = f"loss {last['loss']:.3f}"
+                    bars.show(f"training {name}", last["step"], last["total_steps"], loss)
 
         def watch() -> None:
             while not finished.wait(POLL_S):
