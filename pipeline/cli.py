@@ -1,6 +1,7 @@
 """The command ``distill``. Exit codes: 0 done, 2 a problem the user can fix, 1 a bug."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ import typer
 
 from pipeline.commands import COMMANDS
 from pipeline.layout import check_layout
+from pipeline.manners import QUIET_ENVIRONMENT
 from storage.errors import DistillError
 
 
@@ -34,6 +36,8 @@ def build_app() -> typer.Typer:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     check_layout()
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         build_app()(args=argv, prog_name="distill")
     except DistillError as error:

@@ -11,7 +11,8 @@ from typing import Any
 
 from pipeline.config import ClusterConfig
 from pipeline.layout import check_layout
-from storage.errors import DistillError
+from pipeline.manners import QUIET_ENVIRONMENT
+from storage.errors import ConfigError, DistillError
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Ray's object store on one machine: progress messages are all it carries."""
@@ -29,17 +30,6 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-
-QUIET_ENVIRONMENT = {
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "PYTHONWARNINGS": "ignore",
-    # worker threads that wait must not burn the cores that others need
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
@@ -123,6 +113,18 @@ class Cluster:
     def memory_bytes(self, threads: int) -> int:
         """Memory share of a process with so many threads: shares never exceed the machine."""
         return self._local_memory_bytes * threads // max(self.cpus, threads)
+
+    def require_cpus(self, processes: int, threads: int, settings: str) -> None:
+        """Refuse what this machine cannot hold; Ray would wait for the CPUs for ever.
+
+        Raises:
+            ConfigError: naming the settings and the CPUs there are.
+        """
+        if self.is_local and processes * threads > self.cpus:
+            raise ConfigError(
+                f"{settings} ask for {processes} x {threads} CPUs, this machine gives {self.cpus}; "
+                "lower them, or join a cluster with cluster.address"
+            )
 
     def options(self, *, threads: int, gpus: float = 0, env: Mapping[str, str] = {}) -> Any:
         """Ray options of a task or actor: its share of the machine and its environment."""

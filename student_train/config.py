@@ -89,6 +89,9 @@ class PrunedModelConfig(Config):
             raise ValueError(f"keep_layers {list(self.keep_layers)} names a layer twice")
         return self
 
+    def __str__(self) -> str:
+        return f"layers {', '.join(map(str, self.keep_layers))} of {self.of}"
+
 
 class TrainConfig(Config):
     """Everything that decides what a student becomes.

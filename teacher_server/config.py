@@ -26,6 +26,9 @@ class GgufModelConfig(Config):
             raise ValueError("give exactly one of path and package")
         return self
 
+    def __str__(self) -> str:
+        return f"GGUF from {self.path or self.package}"
+
 
 class VllmBackendConfig(Config):
     """vLLM inside the labelling process. How it runs is provenance, never identity."""

@@ -15,6 +15,8 @@ from pipeline.commands.options import (
 )
 
 DEFAULT_STORE = "labels"
+SHOWN_KEY_DIGITS = 12
+"""Enough to tell keys apart; `show` and `verify` take any unique beginning."""
 
 
 def ls(
@@ -31,10 +33,10 @@ def ls(
     out = console(as_json=False)
     table = Table(title=f"label sets in {uri}")
     for title in ("key", "mode", "k", "samples", "tokens", "size", "commits", "teacher"):
-        table.add_column(title, no_wrap=title == "key")
+        table.add_column(title, no_wrap=title != "teacher")
     for entry in found["label_sets"]:
         table.add_row(
-            entry["key"],
+            entry["key"][:SHOWN_KEY_DIGITS],
             entry["mode"],
             str(entry["k"]),
             str(entry["samples"]),

@@ -115,13 +115,16 @@ class _LabelJob:
                 cost["response_tokens"] = self._response_tokens
 
     def _run(self, misses: list[SampleRequest]) -> None:
+        replicas, threads = self._backend.replicas, self._backend.threads
+        self._cluster.require_cpus(
+            replicas, threads, "teacher.backend.replicas and teacher.backend.threads"
+        )
         ray = self._cluster.ray
         size = self._commit_samples * PARTITION_COMMITS
         partitions = deque(
             (misses[start : start + size], 1) for start in range(0, len(misses), size)
         )
-        replicas = min(self._backend.replicas, len(partitions))
-        idle = [self._new_worker() for _ in range(replicas)]
+        idle = [self._new_worker() for _ in range(min(replicas, len(partitions)))]
         with self._project.console.status("starting the teacher"):
             self._start(idle)
         self._num_misses, self._started = len(misses), time.monotonic()

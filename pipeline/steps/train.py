@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import QUIET_ENVIRONMENT, Cluster, unwrapped
+from pipeline.cluster import Cluster, unwrapped
+from pipeline.manners import QUIET_ENVIRONMENT
 from pipeline.progress import Bars
 from pipeline.project import Project, teacher_forward_tokens
 from pipeline.steps.plan import Plan
@@ -160,13 +161,17 @@ def _job(
 ) -> TrainJob:
     """The job of one student, also written to ``job.json`` for a run without Ray."""
     train, untrained = request.train, request.untrained
+    sampling = plan.spec.generation.sampling
     card = {
         "student": f"{project.config.name}/{request.name}",
-        "untrained student": f"{train.model!r}, fingerprint {untrained.key}",
-        "teacher": f"{project.config.teacher.model!r}, fingerprint {teacher.model.key}",
+        "untrained student": f"{train.model}, fingerprint {untrained.key}",
+        "teacher": f"{project.config.teacher.model}, fingerprint {teacher.model.key}",
         "label set": plan.spec.key,
-        "labels": f"{plan.spec.generation.mode}, {plan.spec.kind!r}, columns {plan.spec.columns}",
-        "sampling": repr(plan.spec.generation.sampling),
+        "labels": (
+            f"{plan.spec.generation.mode}, top-{plan.spec.kind.k}, "
+            f"columns {', '.join(plan.spec.columns) or 'none'}"
+        ),
+        "sampling": "given responses" if sampling is None else sampling.model_dump_json(),
         "selection": plan.selection_keys["train"],
         "loss": train.loss.model_dump_json(),
         "optimizer": train.optimizer.model_dump_json(),
@@ -199,6 +204,11 @@ def _train_loop(config: dict[str, list[str]]) -> None:
 
 
 def _fit(project: Project, jobs: list[TrainJob], cluster: Cluster) -> None:
+    cluster.require_cpus(
+        project.config.cluster.student_workers,
+        cluster.student_threads,
+        "cluster.student_workers and cluster.student_threads",
+    )
     ray: Any = cluster.ray
     importlib.import_module("ray.train.torch")  # an attribute of ray from here on
     config = project.config.cluster

@@ -54,8 +54,8 @@ class _Gather:
         # rank and top-k come from vLLM itself, over the live vocabulary
         gathered = self._original(live_NV, self._k, token_ids)
         probabilities_NV = logprobs_NV.exp()
-        terms = torch.where(probabilities_NV > 0, probabilities_NV * logprobs_NV, 0.0)
-        entropy_N1 = -terms.sum(dim=-1, keepdim=True)
+        # 0 * -inf is nan, which nansum leaves out; few passes, for this runs at every step
+        entropy_N1 = -(probabilities_NV * logprobs_NV).nansum(dim=-1, keepdim=True)
         # the tail is summed, not subtracted from one: no cancellation when it is small
         probabilities_NV.scatter_(1, gathered.logprob_token_ids[:, 1:].long(), 0.0)
         tail_N1 = probabilities_NV.sum(dim=-1, keepdim=True).log().clamp_min(LOG_ZERO)

@@ -55,9 +55,10 @@ def test_ls_lists_the_sizes_of_a_label_set(store: Path, tmp_path: Path, capsys: 
     assert found["runs"] == []
 
 
-def test_ls_prints_whole_keys_for_people(store: Path, capsys: Capture) -> None:
+def test_ls_prints_a_beginning_of_the_key_that_show_takes(store: Path, capsys: Capture) -> None:
     assert main(["ls", "--store", str(store)]) == 0
-    assert SPEC.key in capsys.readouterr().out
+    assert SPEC.key[:12] in capsys.readouterr().out
+    assert as_json(["show", SPEC.key[:12], "--store", str(store)], capsys)["label_set"] == SPEC.key
 
 
 def test_ls_of_a_store_that_is_not_there_yet_is_empty(tmp_path: Path, capsys: Capture) -> None:
