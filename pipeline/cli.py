@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from pipeline.commands import COMMANDS
-from pipeline.layout import check_layout
+from pipeline.layout import EXTRA_OF, check_layout, install_command
 from pipeline.manners import QUIET_ENVIRONMENT
 from storage.errors import DistillError
 
@@ -42,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_app()(args=argv, prog_name="distill")
     except DistillError as error:
         sys.stderr.write(f"error: {error}\n")
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA_OF:
+            raise
+        fix = install_command(error.name)
+        sys.stderr.write(f"error: this command needs the package {error.name}: {fix}\n")
         return 2
     except SystemExit as ended:  # how typer reports success, wrong usage and interruption
         return ended.code if isinstance(ended.code, int) else 0

@@ -1,9 +1,26 @@
-"""The import names are generic, so make sure that they are ours."""
+"""Where packages come from: ours from one directory, the heavy ones from an extra."""
 
 import importlib.util
 from pathlib import Path
 
 PACKAGES = ("storage", "teacher_server", "student_train", "pipeline")
+
+
+EXTRA_OF = {
+    "torch": "student",
+    "transformers": "student",
+    "deepspeed": "student",
+    "safetensors": "student",
+    "ray": "ray",
+    "vllm": "teacher-cpu",
+}
+"""Which extra of the distribution brings a package that the base installation lacks."""
+
+
+def install_command(package: str) -> str:
+    """How to install a package together with what its stage needs."""
+    extra = EXTRA_OF.get(package)
+    return "pip install " + (f"'distillcache[{extra}]'" if extra else "distillcache")
 
 
 def check_layout() -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -13,7 +14,10 @@ from typing import Literal
 
 from pipeline.commands.ls import DEFAULT_STORE
 from pipeline.commands.options import JsonOption, StoreOption, console, print_json
+from pipeline.layout import install_command
 from storage.errors import DistillError
+
+CHECKED_PACKAGES = ("numpy", "pyarrow", "obstore", "torch", "transformers", "deepspeed", "ray")
 
 Verdict = Literal["ok", "missing", "broken", "note"]
 
@@ -31,6 +35,7 @@ class Finding:
 def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Check Python, packages, devices, compiler and store access; say how to fix what is wrong."""
     from rich.table import Table
+    from rich.text import Text
 
     out = console(as_json=as_json)
     findings = []
@@ -47,7 +52,7 @@ def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
             table.add_column(title)
         colors = {"ok": "green", "note": "cyan", "missing": "yellow", "broken": "red"}
         for f in findings:
-            table.add_row(f.what, f"[{colors[f.verdict]}]{f.verdict}[/]", f.found, f.fix)
+            table.add_row(f.what, Text(f.verdict, colors[f.verdict]), Text(f.found), Text(f.fix))
         out.print(table)
     bad = [f.what for f in findings if f.verdict in ("missing", "broken")]
     if bad:
@@ -70,19 +75,14 @@ def check_python() -> list[Finding]:
 def check_packages() -> list[Finding]:
     """Every stage's packages import, in the versions that are supported."""
     return [
-        _import("numpy", "pip install distillcache"),
-        _import("pyarrow", "pip install distillcache"),
-        _import("obstore", "pip install distillcache"),
-        _import("torch", "pip install 'distillcache[student]'"),
-        _import("transformers", "pip install 'distillcache[student]'"),
-        _import("deepspeed", "pip install 'distillcache[student]'"),
-        _import("ray", "pip install 'distillcache[ray]'"),
+        *(_import(name) for name in CHECKED_PACKAGES),
         _vllm(),
         *_breaking_packages(),
     ]
 
 
-def _import(name: str, fix: str) -> Finding:
+def _import(name: str) -> Finding:
+    fix = install_command(name)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -95,7 +95,7 @@ def _import(name: str, fix: str) -> Finding:
 def _vllm() -> Finding:
     from teacher_server.backends.vllm_capture import SUPPORTED_VERSIONS
 
-    found = _import("vllm", "pip install 'distillcache[teacher-cpu]' or '[teacher-gpu]'")
+    found = _import("vllm")
     supported = ", ".join(version + "x" for version in SUPPORTED_VERSIONS)
     if found.verdict == "ok" and not found.found.startswith(SUPPORTED_VERSIONS):
         return Finding("vllm", "broken", found.found, f"install a supported release: {supported}")
@@ -104,8 +104,10 @@ def _vllm() -> Finding:
 
 def _breaking_packages() -> list[Finding]:
     """Packages whose CUDA builds break the import of transformers beside a CPU torch."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return []
     if torch.version.cuda is not None:
         return []
     installed = []
@@ -143,6 +145,8 @@ def check_compiler() -> list[Finding]:
 
 def check_ray() -> list[Finding]:
     """A local Ray starts and runs a task."""
+    if importlib.util.find_spec("ray") is None:
+        return []
     from pipeline.cluster import Cluster
     from pipeline.config import ClusterConfig
 
