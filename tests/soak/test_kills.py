@@ -1,6 +1,6 @@
 """SIGKILL at random moments of a whole project of tiny models, again and again.
 
-Rounds: ``DISTILL_SOAK_ROUNDS`` (default 10). The outcome is written to ``benchmarks/soak.md``.
+Rounds: ``DISTILL_SOAK_ROUNDS`` (default 12). The outcome is written to ``benchmarks/soak.md``.
 """
 
 import json
@@ -18,8 +18,8 @@ import pyarrow as pa
 from storage.provenance import git_revision, utc_now
 
 REPOSITORY = Path(__file__).parent.parent.parent
-ROUNDS = int(os.environ.get("DISTILL_SOAK_ROUNDS", "10"))
-LONGEST_LIFE_S = 45.0
+ROUNDS = int(os.environ.get("DISTILL_SOAK_ROUNDS", "12"))
+LONGEST_LIFE_S = 20.0
 SAMPLES = 30
 
 
@@ -81,7 +81,7 @@ def write_result(killed: int, seconds: float) -> None:
     (REPOSITORY / "benchmarks" / "soak.md").write_text(
         "# Kills at random moments\n\n"
         "`make soak`: a project of tiny models (30 samples, one student) is started again and "
-        "again and killed with SIGKILL after 3 to 45 s, then run to its end.\n\n"
+        "again and killed with SIGKILL after 3 to 20 s, then run to its end.\n\n"
         f"commit {git_revision()}, {utc_now()}, {os.cpu_count()} cores\n\n"
         "| | |\n|---|---|\n"
         f"| runs started | {ROUNDS + 1} |\n"
