@@ -1,6 +1,7 @@
 """The training loop. One call per rank; a launcher (Ray Train, torchrun, none) sets the ranks."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from student_train.schedules import learning_rate
 
 METRICS_FILE = "metrics.jsonl"
 MODEL_DIRECTORY = "model"
+CHECKPOINTS_DIRECTORY = "checkpoints"
 
 
 def train_student(job: TrainJob) -> None:
@@ -37,6 +39,7 @@ def train_student(job: TrainJob) -> None:
     """
     output = Path(job.output)
     if (output / MODEL_DIRECTORY).is_dir():
+        shutil.rmtree(output / CHECKPOINTS_DIRECTORY, ignore_errors=True)
         return
     prepare_process(job.threads)
     torch.manual_seed(job.train.seed)
@@ -49,7 +52,7 @@ def train_student(job: TrainJob) -> None:
     engine = initialize(student, job.train)
     rank, world_size = world()
     checkpoints = Checkpoints(
-        output / "checkpoints",
+        output / CHECKPOINTS_DIRECTORY,
         {"job": key_of([job.train, job.labels, job.model]), "world_size": str(world_size)},
     )
     first = checkpoints.load(engine)
