@@ -34,6 +34,10 @@ def plan_project(project: Project) -> tuple[PreparedTeacher, Plan]:
 def label_project(project: Project, cluster: Cluster) -> tuple[PreparedTeacher, Plan, int]:
     """Label what is missing; returns how many samples the teacher answered."""
     teacher, plan = plan_project(project)
+    for row in plan.skipped_rows:
+        project.say(f"skipped {row}")
+    if plan.skipped_rows:
+        project.say(f"{len(plan.skipped_rows)} unusable rows skipped (data.on_bad_row: skip)")
     labelled = label_missing(project, plan, teacher, cluster)
     if labelled == 0:
         project.say(

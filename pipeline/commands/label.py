@@ -18,6 +18,12 @@ def label(config: ConfigArgument, overrides: SetOption = None, as_json: JsonOpti
     with project.running(), Cluster(project.config.cluster) as cluster:
         _, plan, labelled = label_project(project, cluster)
     if as_json:
-        print_json({"label_set": plan.spec.key, "labelled": labelled, "store": project.store_uri})
+        found = {
+            "label_set": plan.spec.key,
+            "labelled": labelled,
+            "skipped_rows": list(plan.skipped_rows),
+            "store": project.store_uri,
+        }
+        print_json(found)
     else:
         project.say(f"label set {plan.spec.key} in {project.store_uri}")
