@@ -6,6 +6,12 @@ from pydantic import Field, model_validator
 
 from storage.config import Config
 
+METRICS_FILE = "metrics.jsonl"
+"""One line per optimiser step, in the output directory of a training."""
+
+MODEL_DIRECTORY = "model"
+"""The exported student, in the output directory of a training."""
+
 HardLabel = Literal["sampled", "argmax", "dataset"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

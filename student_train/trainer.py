@@ -11,7 +11,7 @@ import torch
 
 from storage.keys import key_of
 from student_train.checkpoint import Checkpoints
-from student_train.config import TrainJob
+from student_train.config import METRICS_FILE, MODEL_DIRECTORY, TrainJob
 from student_train.data import LabelReader, StepPlan, collate, plan_epoch
 from student_train.engine import initialize, prepare_process, sum_over_ranks, world
 from student_train.export import export_student
@@ -20,8 +20,6 @@ from student_train.model import Student, load_causal_lm
 from student_train.preflight import check_student_fits_labels
 from student_train.schedules import learning_rate
 
-METRICS_FILE = "metrics.jsonl"
-MODEL_DIRECTORY = "model"
 CHECKPOINTS_DIRECTORY = "checkpoints"
 
 

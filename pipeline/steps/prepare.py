@@ -1,5 +1,7 @@
 """Models as local Hugging Face directories: found, downloaded, converted or pruned, once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,11 +93,7 @@ def prepare_student(
     if not output.is_dir():
         from student_train.model import prune_layers
 
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            project.timed("prepare", model=output.name),
-            project.console.status(f"pruning the student to {len(model.keep_layers)} layers"),
-        ):
+        with _making(project, output, f"pruning the student to {len(model.keep_layers)} layers"):
             prune_layers(Path(source), model.keep_layers, output)
     return _identified(project, str(output))
 
@@ -127,13 +125,17 @@ def _converted(project: Project, config: GgufModelConfig) -> str:
     key = key_of({"gguf": project.memo.digest(gguf_file(config)), "dtype": config.dtype})
     output = project.directory / "models" / f"gguf-{key[:12]}"
     if not output.is_dir():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            project.timed("prepare", model=output.name),
-            project.console.status(f"converting {gguf_file(config).name} (once)"),
-        ):
+        with _making(project, output, f"converting {gguf_file(config).name} (once)"):
             convert_gguf(config, output)
     return str(output)
+
+
+@contextmanager
+def _making(project: Project, output: Path, what: str) -> Iterator[None]:
+    """Note and show the making of a model directory."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with project.timed("prepare", model=output.name), project.console.status(what):
+        yield
 
 
 def _identified(project: Project, directory: str) -> PreparedModel:

@@ -13,11 +13,12 @@ from pipeline.project import Project
 from pipeline.steps.evaluate import Evaluation
 from pipeline.steps.plan import Plan
 from pipeline.steps.prepare import PreparedTeacher
-from pipeline.steps.train import METRICS_FILE, TrainedStudent
+from pipeline.steps.train import TrainedStudent
 from storage.files import write_atomically
 from storage.keys import key_of
 from storage.samples import LabelledSample
 from storage.tokenizer import TokenDecoder
+from student_train.config import METRICS_FILE
 
 TOP_TOKENS = 5
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import Cluster, unwrapped
-from pipeline.manners import QUIET_ENVIRONMENT
 from pipeline.progress import Bars
 from pipeline.project import Project, teacher_forward_tokens
 from pipeline.steps.plan import Plan
@@ -20,11 +19,17 @@ from pipeline.steps.prepare import PreparedModel, PreparedTeacher
 from storage.errors import DistillError
 from storage.files import write_atomically
 from storage.keys import key_of
-from student_train.config import LabelSource, TrainConfig, TrainJob
+from student_train.config import (
+    METRICS_FILE,
+    MODEL_DIRECTORY,
+    LabelSource,
+    TrainConfig,
+    TrainJob,
+)
 
 RESULT_FILE = "student.json"
-METRICS_FILE = "metrics.jsonl"
-MODEL_DIRECTORY = "model"
+RAY_TRAIN_RESOURCES = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+"""Ray Train's names of the shares that Ray's own options call otherwise."""
 POLL_S = 0.5
 MAX_FAILURES = 2
 """Restarts of a training whose worker died; it resumes from its last checkpoint."""
@@ -213,6 +218,7 @@ def _fit(project: Project, jobs: list[TrainJob], cluster: Cluster) -> None:
     importlib.import_module("ray.train.torch")  # an attribute of ray from here on
     config = project.config.cluster
     use_gpu = config.gpus_per_worker > 0
+    share = cluster.options(threads=cluster.student_threads, gpus=config.gpus_per_worker)
     # our checkpoints are in the run folder; Ray keeps its own bookkeeping here until it is done
     bookkeeping = project.directory / ".ray"
     trainer = ray.train.torch.TorchTrainer(
@@ -223,13 +229,9 @@ def _fit(project: Project, jobs: list[TrainJob], cluster: Cluster) -> None:
             num_workers=config.student_workers,
             use_gpu=use_gpu,
             resources_per_worker={
-                "CPU": cluster.student_threads,
-                **(
-                    {"memory": cluster.memory_bytes(cluster.student_threads)}
-                    if cluster.is_local
-                    else {}
-                ),
-                **({"GPU": config.gpus_per_worker} if use_gpu else {}),
+                name: share[option]
+                for name, option in RAY_TRAIN_RESOURCES.items()
+                if share.get(option)
             },
         ),
         run_config=ray.train.RunConfig(
@@ -238,9 +240,7 @@ def _fit(project: Project, jobs: list[TrainJob], cluster: Cluster) -> None:
             failure_config=ray.train.FailureConfig(
                 max_failures=MAX_FAILURES, controller_failure_limit=1
             ),
-            worker_runtime_env={
-                "env_vars": {**QUIET_ENVIRONMENT, "OMP_NUM_THREADS": str(cluster.student_threads)}
-            },
+            worker_runtime_env=share["runtime_env"],
         ),
     )
     try:
