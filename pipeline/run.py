@@ -8,7 +8,7 @@ from rich.table import Table
 from pipeline.cluster import Cluster
 from pipeline.project import Project
 from pipeline.steps.evaluate import Evaluation, evaluate_students
-from pipeline.steps.label import label_missing
+from pipeline.steps.label import label_missing, requested_label_set
 from pipeline.steps.plan import Plan, make_plan
 from pipeline.steps.prepare import PreparedTeacher, prepare_student, prepare_teacher
 from pipeline.steps.train import StudentRequest, TrainedStudent, train_students
@@ -62,14 +62,14 @@ def train_project(
     configs = project.config.student_configs()
     if not configs:
         raise ConfigError("the config has no section train; add one to train students")
-    label_set = project.store.find(plan.spec)
     wanted = plan.selections["train"].sample_keys
-    missing = wanted if label_set is None else label_set.missing(wanted)
-    if missing:
+    num_missing = int((~project.store.view(plan.spec).contains(wanted)).sum())
+    if num_missing:
         raise NotLabelledError(
-            f"{len(missing)} of {len(wanted)} training samples have no labels yet; "
+            f"{num_missing} of {len(wanted)} training samples have no labels yet; "
             "run `distill label` first"
         )
+    requested_label_set(project, plan, teacher)
     requests = [
         StudentRequest(name, train, prepare_student(project, train.model, teacher))
         for name, train in configs.items()

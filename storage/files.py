@@ -17,11 +17,32 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_file(path: Path) -> None:
-    """Make the content of ``path`` and its name survive a power cut."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-    fsync_directory(path.parent)
+def create_durably(path: Path, data: bytes) -> bool:
+    """Create ``path`` with ``data`` unless it exists; what becomes visible is on disk already.
+
+    Returns:
+        False if it existed; it is left as it is.
+
+    Raises:
+        OSError: if it cannot be written; nothing is visible then.
+    """
+    missing = [parent for parent in path.parents if not parent.is_dir()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f"{path.name}#{uuid.uuid4().int % 10**12}")
+    try:
+        with staged.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            os.link(staged, path)
+        except FileExistsError:
+            return False
+    finally:
+        staged.unlink(missing_ok=True)
+    for directory in (path.parent, *(parent.parent for parent in missing)):
+        fsync_directory(directory)
+    return True
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,10 @@ KEY_VERSION = 1
 
 KEY_HEX_DIGITS = 32
 """A key is the first 128 bits of a SHA-256, written in lower-case hex."""
+
+PROMPT_HEX_DIGITS = 8
+"""A sample key starts with this much of its prompt key, so the samples of a prompt are neighbours
+in every order by key and always in one partition."""
 
 ColumnName = Literal["entropy"]
 """Optional scalar columns of the label table."""
@@ -84,12 +88,36 @@ class TopKSpec(Config):
     k: int = Field(default=64, ge=1, le=1024)
     """Tokens kept per position."""
 
+    @property
+    def width(self) -> int:
+        """Most tokens that a position keeps."""
+        return self.k
+
+
+class MassSpec(Config):
+    """The smallest head of every position that holds a given probability (adaptive k)."""
+
+    type: Literal["mass"] = "mass"
+    mass: float = Field(default=0.999, gt=0.0, lt=1.0)
+    """Probability that the kept tokens reach together."""
+    cap: int = Field(default=64, ge=1, le=1024)
+    """Most tokens kept, whether they reach the mass or not."""
+
+    @property
+    def width(self) -> int:
+        """Most tokens that a position keeps."""
+        return self.cap
+
+
+KindSpec = Annotated[TopKSpec | MassSpec, Field(discriminator="type")]
+"""The options of a label kind (``storage/labels``), as they stand in the key."""
+
 
 class LabelSetSpec(Config):
     """The request that a label set answers. Its digest is the address of the set."""
 
     generation: GenerationSpec
-    kind: TopKSpec
+    kind: KindSpec
     columns: tuple[ColumnName, ...]
     """Optional label columns, sorted, each once."""
     tail: Literal["exact", "topk"]
@@ -168,6 +196,8 @@ def sample_key(
 ) -> str:
     """Address of one sample: the same in every dataset, order, batch and world size.
 
+    The first ``PROMPT_HEX_DIGITS`` digits are those of the prompt key.
+
     Args:
         prompt_ids: int[P], tokens given to the teacher.
         sample_index: Number of the response to this prompt, from 0.
@@ -178,7 +208,8 @@ def sample_key(
     if response_ids is not None:
         mask = np.ones(len(response_ids)) if label_mask is None else np.asarray(label_mask)
         parts += [response_ids, mask.astype(np.int64)]
-    return _digest_of_ids("sample", *parts)
+    key = _digest_of_ids("sample", *parts)
+    return prompt_key(prompt_ids)[:PROMPT_HEX_DIGITS] + key[PROMPT_HEX_DIGITS:]
 
 
 def sampling_seed(seed: int, key: str) -> int:

@@ -5,17 +5,39 @@ The store needs four things of its medium: read a whole object or a range, list 
 from the environment or the provider's own chain and are never written anywhere.
 """
 
+import datetime
+import re
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import obstore
+import pyarrow as pa
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from storage.errors import LabelStoreError
-from storage.files import fsync_directory, fsync_file
+from storage.errors import StoreAccessError
+from storage.files import create_durably
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
 
 REMOTE_SCHEMES = ("s3://", "gs://", "az://")
+
+REMOTE_RETRY: "RetryConfig" = {
+    "max_retries": 8,
+    "retry_timeout": datetime.timedelta(seconds=60),
+}
+"""A lost network is reported after about a minute; shorter interruptions are not noticed."""
+
+REMOTE_CLIENT: "ClientConfig" = {"connect_timeout": "10s", "timeout": "120s"}
+
+READ_AHEAD_BYTES = 2**20
+"""Remote reads fetch at least this much: a request costs as much as a megabyte."""
+
+_UNFINISHED = re.compile(r".*#\d+")
+"""Names under which a local object is prepared before it appears; listings leave them out."""
 
 
 class Objects:
@@ -31,12 +53,14 @@ class Objects:
         self.root: Path | None = None
         if uri.startswith(REMOTE_SCHEMES):
             try:
-                self._store: ObjectStore | None = from_url(uri)
+                self._store: ObjectStore | None = from_url(
+                    uri, retry_config=REMOTE_RETRY, client_options=REMOTE_CLIENT
+                )
             except (BaseError, ValueError) as error:
-                raise LabelStoreError(f"cannot open store {uri!r}: {_reason(error)}") from error
+                raise StoreAccessError(f"cannot open store {uri!r}: {_reason(error)}") from error
             return
         if "://" in uri and not uri.startswith("file://"):
-            raise LabelStoreError(
+            raise StoreAccessError(
                 f"store {uri!r} has an unknown scheme; "
                 f"use a local path or one of {', '.join(REMOTE_SCHEMES)}"
             )
@@ -45,7 +69,7 @@ class Objects:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise LabelStoreError(f"cannot create store {uri!r}: {error}") from error
+                raise StoreAccessError(f"cannot create store {uri!r}: {error}") from error
         self._store = LocalStore(self.root) if self.root.is_dir() else None
 
     @property
@@ -58,7 +82,7 @@ class Objects:
 
         Raises:
             FileNotFoundError: if it does not exist.
-            LabelStoreError: if it cannot be read.
+            StoreAccessError: if it cannot be read.
         """
         if self._store is None:
             raise FileNotFoundError(f"{self.uri}/{path} does not exist")
@@ -67,7 +91,47 @@ class Objects:
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri}/{path} does not exist") from None
         except (BaseError, OSError) as error:
-            raise LabelStoreError(f"cannot read {self.uri}/{path}: {_reason(error)}") from error
+            raise StoreAccessError(f"cannot read {self.uri}/{path}: {_reason(error)}") from error
+
+    def open(self, path: str) -> tuple[pa.NativeFile, int]:
+        """An object as a random-access file, and its size in bytes; only what is read is fetched.
+
+        Raises:
+            FileNotFoundError: if it does not exist.
+            StoreAccessError: if it cannot be opened.
+        """
+        try:
+            if self.root is not None:
+                file = pa.OSFile(str(self.root / path))
+                return file, file.size()
+            reader = obstore.open_reader(self._existing(), path, buffer_size=READ_AHEAD_BYTES)
+            return pa.PythonFile(_Readable(reader, f"{self.uri}/{path}"), mode="r"), reader.size
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.uri}/{path} does not exist") from None
+        except (BaseError, OSError) as error:
+            raise StoreAccessError(f"cannot read {self.uri}/{path}: {_reason(error)}") from error
+
+    def upload(self, path: str, file: Path) -> None:
+        """Put a local file, of any size, under a name; an older object is replaced whole.
+
+        Raises:
+            StoreAccessError: if it cannot be written.
+        """
+        try:
+            obstore.put(self._existing(), path, file)
+        except (BaseError, OSError) as error:
+            raise StoreAccessError(f"cannot write {self.uri}/{path}: {_reason(error)}") from error
+
+    def create_own(self, path: str, data: bytes) -> None:
+        """Create an object under a name that nobody else uses.
+
+        A request whose answer is lost on the way is sent again, and then finds its own object.
+
+        Raises:
+            StoreAccessError: if it cannot be written, or another object has the name.
+        """
+        if not self.create(path, data) and self.get(path) != data:
+            raise StoreAccessError(f"{self.uri}/{path} exists already with another content")
 
     def create(self, path: str, data: bytes) -> bool:
         """Create an object in one step; never replaces one.
@@ -79,69 +143,132 @@ class Objects:
             False if the object existed already.
 
         Raises:
-            LabelStoreError: if it cannot be written (permission, full disk, lost connection).
+            StoreAccessError: if it cannot be written (permission, full disk, lost connection).
         """
         if self._store is None:
-            raise LabelStoreError(f"store {self.uri!r} does not exist")
-        makes_directories = self.root is not None and not (self.root / path).parent.is_dir()
+            raise StoreAccessError(f"store {self.uri!r} does not exist")
         try:
+            if self.root is not None:
+                return create_durably(self.root / path, data)
             obstore.put(self._store, path, data, mode="create")
         except AlreadyExistsError:
             return False
         except (BaseError, OSError) as error:
-            raise LabelStoreError(
+            raise StoreAccessError(
                 f"cannot write {self.uri}/{path}: {_reason(error)}; "
                 "what was committed before is intact"
             ) from error
-        if self.root is not None:
-            fsync_file(self.root / path)
-            for parent in list(Path(path).parents)[1:] if makes_directories else ():
-                fsync_directory(self.root / parent)
         return True
 
     def delete(self, path: str) -> None:
-        """Remove an object; nothing that a commit record names is ever removed this way.
+        """Remove an object; one that does not exist is no error.
 
         Raises:
-            LabelStoreError: if it cannot be removed.
+            StoreAccessError: if it cannot be removed.
         """
         try:
-            obstore.delete(self._existing(), path)
+            if self.root is not None:
+                (self.root / path).unlink(missing_ok=True)
+            else:
+                obstore.delete(self._existing(), path)
+        except FileNotFoundError:
+            return
         except (BaseError, OSError) as error:
-            raise LabelStoreError(f"cannot remove {self.uri}/{path}: {_reason(error)}") from error
+            raise StoreAccessError(f"cannot remove {self.uri}/{path}: {_reason(error)}") from error
 
-    def paths(self, prefix: str) -> Iterator[str]:
-        """Paths of all objects below ``prefix/``, sorted.
+    def paths(self, prefix: str, *, after: str | None = None) -> Iterator[str]:
+        """Paths of all objects below ``prefix/``, sorted; only those behind ``after`` if given.
 
         Raises:
-            LabelStoreError: if they cannot be listed.
+            StoreAccessError: if they cannot be listed.
+        """
+        return (path for path, _, _ in self.entries(prefix, after=after))
+
+    def entries(
+        self, prefix: str, *, after: str | None = None
+    ) -> Iterator[tuple[str, int, datetime.datetime]]:
+        """Path, size in bytes and time of creation (by the store's clock), sorted by path.
+
+        Raises:
+            StoreAccessError: if they cannot be listed.
         """
         if self._store is None:
             return iter(())
         try:
-            listing = obstore.list(self._store, prefix=prefix)
-            return iter(sorted(meta["path"] for batch in listing for meta in batch))
+            listing = obstore.list(self._store, prefix=prefix, offset=after)
+            found = [
+                (meta["path"], meta["size"], meta["last_modified"])
+                for batch in listing
+                for meta in batch
+            ]
         except (BaseError, OSError) as error:
-            raise LabelStoreError(f"cannot list {self.uri}/{prefix}: {_reason(error)}") from error
+            raise StoreAccessError(f"cannot list {self.uri}/{prefix}: {_reason(error)}") from error
+        return iter(sorted(found))
+
+    def now(self) -> datetime.datetime:
+        """The time by the store's own clock, which also dates its objects: no skew between hosts.
+
+        Raises:
+            StoreAccessError: if the store cannot be written.
+        """
+        path = f"clock/{uuid.uuid4().hex}"
+        self.create_own(path, b"")
+        (_, _, modified), *_ = self.entries(path.partition("/")[0], after=path[:-1])
+        self.delete(path)
+        return modified
+
+    def unfinished(self, prefix: str) -> Iterator[tuple[Path, datetime.datetime]]:
+        """Local files below ``prefix/`` that a killed process left half-written, with their age."""
+        if self.root is None:
+            return
+        for file in sorted((self.root / prefix).rglob("*")):
+            if _UNFINISHED.fullmatch(file.name):
+                yield file, datetime.datetime.fromtimestamp(file.stat().st_mtime, datetime.UTC)
 
     def directories(self, prefix: str) -> list[str]:
         """Names directly below ``prefix/`` that contain objects, sorted.
 
         Raises:
-            LabelStoreError: if they cannot be listed.
+            StoreAccessError: if they cannot be listed.
         """
         if self._store is None:
             return []
         try:
             listing = obstore.list_with_delimiter(self._store, prefix=prefix)
         except (BaseError, OSError) as error:
-            raise LabelStoreError(f"cannot list {self.uri}/{prefix}: {_reason(error)}") from error
+            raise StoreAccessError(f"cannot list {self.uri}/{prefix}: {_reason(error)}") from error
         return sorted(path.rsplit("/", 1)[-1] for path in listing["common_prefixes"])
 
     def _existing(self) -> ObjectStore:
         if self._store is None:
-            raise LabelStoreError(f"store {self.uri!r} does not exist")
+            raise StoreAccessError(f"store {self.uri!r} does not exist")
         return self._store
+
+
+class _Readable:
+    """obstore's reader under the names that pyarrow calls, with its errors named."""
+
+    closed = False
+
+    def __init__(self, reader: Any, name: str) -> None:
+        self._reader, self._name = reader, name
+        self.seek, self.tell = reader.seek, reader.tell
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return bytes(self._reader.read(None if size < 0 else size))
+        except (BaseError, OSError) as error:
+            raise StoreAccessError(f"cannot read {self._name}: {_reason(error)}") from error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+        self._reader.close()
 
 
 def _reason(error: Exception) -> str:

@@ -1,15 +1,27 @@
 """The value that crosses from the teacher into the cache and back: one labelled sample."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from storage.errors import BadLabelError
+from storage.errors import (
+    BadLabelError,
+    MassError,
+    NotFiniteError,
+    UnsortedError,
+    VocabularyError,
+)
 from storage.keys import LabelSetSpec, prompt_key, sample_key
+from storage.labels.base import UNUSED_ID
 
 MASS_TOLERANCE = 1e-3
-"""Allowed excess of the total probability over one: float32 sums over 2**20 terms stay below."""
+"""Allowed difference of the total probability from one: float32 sums stay far below."""
+
+ROUNDING_NATS = 1 / 512
+"""Largest change of a log-prob by being stored."""
 
 TOKEN_TOLERANCE_NATS = 2e-3
 """Allowed difference between the sampled token's log-prob and its entry in the top-k."""
@@ -69,66 +81,154 @@ class LabelledSample:
         """Digest of the prompt's token ids."""
         return prompt_key(self.prompt_ids_P)
 
-    def check(self, spec: LabelSetSpec) -> None:
+    def check(self, spec: LabelSetSpec, *, stored: bool = False) -> None:
         """Refuse a sample that breaks an invariant of the format.
 
+        Args:
+            spec: Of the label set.
+            stored: The log-probs were read from a shard, rounded.
+
         Raises:
-            BadLabelError: naming the first violated invariant and the row.
+            BadLabelError: naming the first violated invariant and the row. Its subclasses
+                NotFiniteError, VocabularyError, MassError and UnsortedError tell what was wrong.
         """
-        n, k = len(self.positions_N), spec.kind.k
-        inside = (self.positions_N >= 0) & (self.positions_N < len(self.response_ids_R))
+        self._check_tokens(spec)
+        n, k = len(self.positions_N), spec.kind.width
+        self._require(n > 0, "it has no labelled position")
+        self._require(self.topk_ids_NK.shape == (n, k), f"top-k ids are not [{n}, {k}]")
+        self._require(self.topk_logprobs_NK.shape == (n, k), f"log-probs are not [{n}, {k}]")
+        if "entropy" in spec.columns:
+            self._require(self.entropy_N is not None, "entropy was requested and is missing")
+        scalars = {
+            "token_id": self.token_ids_N,
+            "token_logprob": self.token_logprob_N,
+            "token_rank": self.token_rank_N,
+            "log_tail_mass": self.log_tail_mass_N,
+        }
+        if self.entropy_N is not None:
+            scalars["entropy"] = self.entropy_N
+        for name, values in scalars.items():
+            self._require(values.shape == (n,), f"{name} has shape {values.shape}, not ({n},)")
+        rounding = ROUNDING_NATS if stored else 0.0
+        self._check_topk(spec)
+        check_rows(
+            scalars,
+            self.topk_ids_NK,
+            self.topk_logprobs_NK,
+            spec,
+            name=f"sample {self.key}",
+            rounding=rounding,
+        )
+        self._check_hard_label(rounding)
+
+    def _check_tokens(self, spec: LabelSetSpec) -> None:
+        """Positions, response and key belong together."""
+        ids = self.response_ids_R
+        if not bool(((ids >= 0) & (ids < spec.vocab_size)).all()):
+            raise VocabularyError(
+                f"sample {self.key}: response ids leave the vocabulary {spec.vocab_size}"
+            )
+        inside = (self.positions_N >= 0) & (self.positions_N < len(ids))
         self._require(bool(inside.all()), "a position lies outside the response")
-        given = self.response_ids_R if spec.generation.mode == "score" else None
+        self._require(bool(np.all(np.diff(self.positions_N) > 0)), "positions do not increase")
+        given = ids if spec.generation.mode == "score" else None
         mask = None if given is None else self.label_mask_R
         expected = sample_key(
             self.prompt_ids_P, self.sample_index, response_ids=given, label_mask=mask
         )
         self._require(self.key == expected, f"its tokens have the key {expected}")
-        self._require(n > 0, "it has no labelled position")
-        self._require(self.topk_ids_NK.shape == (n, k), f"top-k ids are not [{n}, {k}]")
-        self._require(self.topk_logprobs_NK.shape == (n, k), f"log-probs are not [{n}, {k}]")
-        rows = {
-            "token_logprob": self.token_logprob_N,
-            "token_rank": self.token_rank_N,
-            "log_tail_mass": self.log_tail_mass_N,
-        }
-        if "entropy" in spec.columns:
-            self._require(self.entropy_N is not None, "entropy was requested and is missing")
-        if self.entropy_N is not None:
-            rows["entropy"] = self.entropy_N
-        for name, values in rows.items():
-            self._require(values.shape == (n,), f"{name} has shape {values.shape}, not ({n},)")
-            self._require_rows(np.isfinite(values), f"{name} is not finite")
-        for name, ids in (("response", self.response_ids_R), ("top-k", self.topk_ids_NK)):
-            inside = (ids >= 0) & (ids < spec.vocab_size)
-            self._require(bool(inside.all()), f"{name} ids leave the vocabulary {spec.vocab_size}")
-        self._require(bool(np.all(np.diff(self.positions_N) > 0)), "positions do not increase")
-        self._check_distribution()
 
-    def _check_distribution(self) -> None:
-        logprobs = self.topk_logprobs_NK.astype(np.float64)
-        self._require_rows(np.isfinite(logprobs).all(axis=1), "a top-k log-prob is not finite")
-        self._require_rows((np.diff(logprobs, axis=1) <= 0).all(axis=1), "top-k is not sorted")
-        mass = np.exp(logprobs).sum(axis=1) + np.exp(self.log_tail_mass_N.astype(np.float64))
-        self._require_rows(np.abs(mass - 1.0) <= MASS_TOLERANCE, "probabilities do not sum to 1")
-        self._require_rows(self.token_rank_N >= 1, "token_rank is below 1")
-        ordered = np.sort(self.topk_ids_NK, axis=1)
-        self._require_rows((np.diff(ordered, axis=1) > 0).all(axis=1), "top-k ids repeat")
-        is_token = self.topk_ids_NK == self.token_ids_N[:, None]
-        listed = np.where(is_token, logprobs, 0.0).sum(axis=1)
-        close = np.abs(listed - self.token_logprob_N) <= TOKEN_TOLERANCE_NATS
+    def _check_topk(self, spec: LabelSetSpec) -> None:
+        """Finite, sorted, no id twice, unused entries last."""
+        used = (self.topk_ids_NK != UNUSED_ID) | (spec.kind.type == "topk")
+        kept_N = used.sum(axis=1)
+        self._require_rows(kept_N > 0, "no token is kept")
         self._require_rows(
-            ~is_token.any(axis=1) | close, "token_logprob differs from the token's top-k entry"
+            (used == (np.arange(used.shape[1]) < kept_N[:, None])).all(axis=1),
+            "an unused entry stands before a used one",
         )
-        unlisted = self.token_logprob_N <= logprobs[:, -1] + TOKEN_TOLERANCE_NATS
+        logprobs = np.where(used, self.topk_logprobs_NK, np.float32(0.0))
         self._require_rows(
-            is_token.any(axis=1) | unlisted, "the token is likelier than the top-k without it"
+            np.isfinite(logprobs).all(axis=1), "a top-k log-prob is not finite", NotFiniteError
+        )
+        falling = (np.diff(logprobs, axis=1) <= 0) | ~used[:, 1:]
+        self._require_rows(falling.all(axis=1), "top-k is not sorted", UnsortedError)
+        self._require_rows(
+            (used | (self.topk_logprobs_NK == -np.inf)).all(axis=1),
+            "an unused entry has a log-prob",
+        )
+        ordered = np.sort(self.topk_ids_NK, axis=1)
+        repeats = (np.diff(ordered, axis=1) == 0) & (ordered[:, 1:] != UNUSED_ID)
+        self._require_rows(~repeats.any(axis=1), "top-k ids repeat", UnsortedError)
+
+    def _check_hard_label(self, rounding: float) -> None:
+        """The response token's own log-prob agrees with the top-k."""
+        tolerance = TOKEN_TOLERANCE_NATS + rounding
+        logprobs = self.topk_logprobs_NK.astype(np.float64)
+        is_token = self.topk_ids_NK == self.token_ids_N[:, None]
+        listed = is_token.any(axis=1)
+        of_token = np.where(is_token, logprobs, 0.0).sum(axis=1)
+        self._require_rows(self.token_rank_N >= 1, "token_rank is below 1")
+        self._require_rows(
+            ~listed | (np.abs(of_token - self.token_logprob_N) <= tolerance),
+            "token_logprob differs from the token's top-k entry",
+        )
+        last = np.where(self.topk_ids_NK == UNUSED_ID, np.inf, logprobs).min(axis=1)
+        self._require_rows(
+            listed | (self.token_logprob_N <= last + tolerance),
+            "the token is likelier than the top-k without it",
         )
 
     def _require(self, condition: bool, problem: str) -> None:
         if not condition:
             raise BadLabelError(f"sample {self.key}: {problem}")
 
-    def _require_rows(self, good_N: npt.NDArray[np.bool_] | np.bool_, problem: str) -> None:
-        if not good_N.all():
-            self._require(False, f"{problem} at labelled position {int(np.argmin(good_N))}")
+    def _require_rows(
+        self,
+        good_N: npt.NDArray[np.bool_],
+        problem: str,
+        error: type[BadLabelError] = BadLabelError,
+    ) -> None:
+        _require_rows(good_N, f"sample {self.key}: {problem}", error)
+
+
+def check_rows(
+    scalars: Mapping[str, npt.NDArray[Any]],
+    ids_NK: Int32s,
+    logprobs_NK: Float32s,
+    spec: LabelSetSpec,
+    *,
+    name: str,
+    rounding: float = ROUNDING_NATS,
+) -> None:
+    """Refuse label rows that cannot be a teacher's; cheap enough for every read.
+
+    Args:
+        scalars: Scalar columns of the N rows by name.
+        ids_NK: int32[N, K]; UNUSED_ID where a row keeps fewer tokens.
+        logprobs_NK: float32[N, K] in nats.
+        spec: Of the label set.
+        name: What to call the rows in errors.
+        rounding: Largest change of a log-prob by being stored, in nats.
+
+    Raises:
+        NotFiniteError: for NaN or an infinity.
+        VocabularyError: for an id outside the effective vocabulary.
+        MassError: for probabilities that do not sum to one.
+    """
+    for column, values_N in scalars.items():
+        if values_N.dtype.kind == "f":
+            _require_rows(np.isfinite(values_N), f"{name}: {column} is not finite", NotFiniteError)
+    lowest = UNUSED_ID if spec.kind.type == "mass" else 0
+    for column, ids in (("token_id", scalars["token_id"]), ("a top-k id", ids_NK)):
+        smallest = 0 if column == "token_id" else lowest
+        if ids.min(initial=smallest) < smallest or ids.max(initial=0) >= spec.vocab_size:
+            raise VocabularyError(f"{name}: {column} leaves the vocabulary {spec.vocab_size}")
+    mass_N = np.exp(logprobs_NK).sum(axis=1) + np.exp(scalars["log_tail_mass"])
+    good_N = np.abs(mass_N - 1.0) <= MASS_TOLERANCE + rounding
+    _require_rows(good_N, f"{name}: probabilities do not sum to 1", MassError)
+
+
+def _require_rows(good_N: npt.NDArray[np.bool_], problem: str, error: type[BadLabelError]) -> None:
+    if not good_N.all():
+        raise error(f"{problem} at labelled position {int(np.argmin(good_N))}")

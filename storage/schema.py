@@ -4,11 +4,12 @@ from typing import Final
 
 import pyarrow as pa
 
-from storage.keys import LabelSetSpec
-from storage.labels import LABEL_KINDS
+from storage.keys import LabelSetSpec, canonical_json
+from storage.labels import label_kind
+from storage.labels.topk import STEPS_PER_NAT
 
-FORMAT_VERSION: Final = 0
-"""Version 0 is unstable: it may change without a way to read old shards."""
+FORMAT_VERSION: Final = 1
+"""A reader refuses every version it does not know; version 1 stays readable for ever."""
 
 SCALAR_FIELDS = [
     pa.field("sample", pa.int32(), nullable=False),
@@ -27,8 +28,8 @@ OPTIONAL_SCALAR_FIELDS = {
 def labels_schema(spec: LabelSetSpec) -> pa.Schema:
     """Schema of ``*.labels.arrow``: one row per labelled position."""
     optional = [OPTIONAL_SCALAR_FIELDS[name] for name in spec.columns]
-    kind = LABEL_KINDS[spec.kind.type](spec.kind)
-    return pa.schema(SCALAR_FIELDS + optional + kind.fields(), metadata=_metadata(spec, "labels"))
+    fields = SCALAR_FIELDS + optional + label_kind(spec.kind).fields()
+    return pa.schema(fields, metadata=_metadata(spec, "labels"))
 
 
 def samples_schema(spec: LabelSetSpec) -> pa.Schema:
@@ -54,7 +55,6 @@ def _metadata(spec: LabelSetSpec, table: str) -> dict[str, str]:
         "distillcache.format": str(FORMAT_VERSION),
         "distillcache.table": table,
         "distillcache.label_set": spec.key,
-        "distillcache.k": str(spec.kind.k),
-        "distillcache.vocab_size": str(spec.vocab_size),
-        "distillcache.logprob_steps_per_nat": "256",
+        "distillcache.spec": canonical_json(spec),
+        "distillcache.logprob_steps_per_nat": str(STEPS_PER_NAT),
     }

@@ -5,7 +5,6 @@ cannot change an experiment. A selection holds the token ids of its prompts, so 
 training and inspection need neither the prompt files nor a tokenizer.
 """
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +12,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from storage.errors import FormatError, LabelStoreError
+from storage.ipc import ArrowFile, encode_file
 from storage.keys import key_of, sample_key
 from storage.objects import Objects
+from storage.schema import FORMAT_VERSION
+
+BATCH_SAMPLES = 2**14
+"""Samples of a record batch."""
 
 SELECTION_SCHEMA = pa.schema(
     [
@@ -22,10 +26,12 @@ SELECTION_SCHEMA = pa.schema(
         pa.field("sample_index", pa.int32(), nullable=False),
         pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("response_ids", pa.list_(pa.int32())),
+        pa.field("label_mask", pa.list_(pa.bool_())),
         pa.field("source_file", pa.list_(pa.string()), nullable=False),
         pa.field("source_line", pa.list_(pa.int32()), nullable=False),
         pa.field("source_id", pa.list_(pa.string()), nullable=False),
-    ]
+    ],
+    metadata={"distillcache.format": str(FORMAT_VERSION), "distillcache.table": "selection"},
 )
 
 
@@ -51,6 +57,18 @@ class SampleRequest:
     """int32[R]: the given response in score mode, None where the teacher answers."""
     sources: tuple[Source, ...]
     """Every row that asked for this sample; equal prompts are one sample with several sources."""
+    label_mask_R: npt.NDArray[np.bool_] | None = None
+    """bool[R]: which tokens of a given response are labelled, None for all."""
+
+    @property
+    def is_genuine(self) -> bool:
+        """Whether the key is that of the tokens."""
+        return self.key == sample_key(
+            self.prompt_ids_P,
+            self.sample_index,
+            response_ids=self.response_ids_R,
+            label_mask=self.label_mask_R,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +94,13 @@ class Selection:
 
     def save(self, objects: Objects) -> str:
         """Store under its key and return the key; storing it again changes nothing."""
-        rows = [
-            {
-                "sample_key": r.key,
-                "sample_index": r.sample_index,
-                "prompt_ids": r.prompt_ids_P,
-                "response_ids": r.response_ids_R,
-                "source_file": [s.file for s in r.sources],
-                "source_line": [s.line for s in r.sources],
-                "source_id": [s.id for s in r.sources],
-            }
-            for r in self.requests
+        rows = [_row(request) for request in self.requests]
+        batches = [
+            pa.RecordBatch.from_pylist(rows[start : start + BATCH_SAMPLES], schema=SELECTION_SCHEMA)
+            for start in range(0, len(rows), BATCH_SAMPLES)
         ]
-        sink = io.BytesIO()
-        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1))
-        with pa.ipc.new_file(sink, SELECTION_SCHEMA, options=options) as writer:
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SELECTION_SCHEMA))
-        objects.create(f"selections/{self.key}.arrow", sink.getvalue())
+        data = encode_file(batches, SELECTION_SCHEMA)
+        objects.create(f"selections/{self.key}.arrow", data)
         return self.key
 
 
@@ -101,33 +109,41 @@ def load_selection(objects: Objects, key: str) -> Selection:
 
     Raises:
         LabelStoreError: if it is not stored.
+        ShardCorruptError: if it is damaged.
         FormatError: if its content does not have the key, or a sample's tokens not theirs.
     """
     path = f"selections/{key}.arrow"
+    name = f"{objects.uri}/{path}"
     try:
         data = objects.get(path)
     except FileNotFoundError as error:
         raise LabelStoreError(f"selection {key} is not in store {objects.uri!r}") from error
+    with ArrowFile(data, name=name, schema=SELECTION_SCHEMA) as file:
+        rows = file.table().to_pylist()
     try:
-        table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
-        if not table.schema.equals(SELECTION_SCHEMA):
-            raise FormatError(f"{objects.uri}/{path} does not have the schema of a selection")
-        table.validate(full=True)  # offsets that leave their buffer would crash the process
-        selection = Selection(tuple(_request(row) for row in table.to_pylist()))
-    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
-        raise FormatError(f"{objects.uri}/{path} is damaged: {error}") from error
-    tampered = [
-        r.key
-        for r in selection.requests
-        if r.key != sample_key(r.prompt_ids_P, r.sample_index, response_ids=r.response_ids_R)
-    ]
-    if selection.key != key or tampered:
-        raise FormatError(f"{objects.uri}/{path}: its content does not have the key {key}")
+        selection = Selection(tuple(_request(row) for row in rows))
+    except ValueError as error:  # lists of sources of unequal lengths
+        raise FormatError(f"{name} is damaged: {error}") from error
+    if selection.key != key or not all(request.is_genuine for request in selection.requests):
+        raise FormatError(f"{name}: its content does not have the key {key}")
     return selection
 
 
+def _row(request: SampleRequest) -> dict[str, object]:
+    return {
+        "sample_key": request.key,
+        "sample_index": request.sample_index,
+        "prompt_ids": request.prompt_ids_P,
+        "response_ids": request.response_ids_R,
+        "label_mask": request.label_mask_R,
+        "source_file": [source.file for source in request.sources],
+        "source_line": [source.line for source in request.sources],
+        "source_id": [source.id for source in request.sources],
+    }
+
+
 def _request(row: dict[str, object]) -> SampleRequest:
-    response = row["response_ids"]
+    response, mask = row["response_ids"], row["label_mask"]
     sources = zip(
         row["source_file"],  # type: ignore[call-overload]  # checked against the schema
         row["source_line"],
@@ -140,4 +156,5 @@ def _request(row: dict[str, object]) -> SampleRequest:
         prompt_ids_P=np.array(row["prompt_ids"], dtype=np.int32),
         response_ids_R=None if response is None else np.array(response, dtype=np.int32),
         sources=tuple(Source(*source) for source in sources),
+        label_mask_R=None if mask is None else np.array(mask, dtype=np.bool_),
     )

@@ -1,34 +1,27 @@
-"""One shard: two Arrow IPC files, written whole in memory and verified on every read.
+"""One shard: two Arrow IPC files, written whole in memory and read batch by batch.
 
-Every record batch carries the xxh3 digest of each of its columns, so a reader that projects a few
-columns verifies exactly what it reads. pyarrow alone does not notice a flipped bit.
+A record batch of the labels file holds whole samples, so a single sample is read from one batch.
 """
 
-import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import xxhash
 
-from storage.errors import FormatError, ShardCorruptError
+from storage.errors import ShardCorruptError
+from storage.ipc import ArrowFile, encode_file
 from storage.keys import LabelSetSpec
-from storage.labels import LABEL_KINDS
-from storage.samples import LabelledSample
-from storage.schema import FORMAT_VERSION, labels_schema, samples_schema
+from storage.labels import label_kind
+from storage.samples import LabelledSample, check_rows
+from storage.schema import labels_schema, samples_schema
 
-BATCH_ROWS = 4096
+BATCH_ROWS = 8192
 """Aim for the rows of a record batch: the unit of random access and of verification."""
 
-ZSTD_LEVEL = 1
-"""Higher levels make byte planes larger and slower (measured on real labels)."""
-
-CHECKSUM_FIELD = b"distillcache.xxh3"
-BATCH_FIELD = b"distillcache.batch"
-"""Number of the batch in its file: a damaged footer may point to a batch twice."""
+SAMPLES_BATCH_ROWS = 1024
+"""Samples of a record batch of the samples file, except the last one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +30,10 @@ class ShardBytes:
 
     labels: bytes
     samples: bytes
+    batch_rows: tuple[int, ...]
+    """Rows of every record batch of the labels file."""
+    first_rows: npt.NDArray[np.int32]
+    """int32[S]: first row of every sample in the labels file."""
     num_samples: int
     num_rows: int
     num_tokens: int
@@ -44,37 +41,41 @@ class ShardBytes:
 
 def encode_shard(samples: Sequence[LabelledSample], spec: LabelSetSpec) -> ShardBytes:
     """Encode checked samples, in the given order, into the two files of a shard."""
-    rows_per_sample = np.array([len(sample.positions_N) for sample in samples])
+    rows_S = np.array([len(sample.positions_N) for sample in samples], dtype=np.int32)
+    batches = list(_label_batches(samples, rows_S, spec))
     return ShardBytes(
-        labels=_to_ipc(_label_batches(samples, rows_per_sample, spec), labels_schema(spec)),
-        samples=_to_ipc([_samples_batch(samples, rows_per_sample, spec)], samples_schema(spec)),
+        labels=encode_file(batches, labels_schema(spec)),
+        samples=encode_file(_sample_batches(samples, rows_S, spec), samples_schema(spec)),
+        batch_rows=tuple(batch.num_rows for batch in batches),
+        first_rows=(np.cumsum(rows_S) - rows_S).astype(np.int32),
         num_samples=len(samples),
-        num_rows=int(rows_per_sample.sum()),
+        num_rows=int(rows_S.sum()),
         num_tokens=sum(len(sample.response_ids_R) for sample in samples),
     )
 
 
 def _label_batches(
-    samples: Sequence[LabelledSample], rows_per_sample: np.ndarray, spec: LabelSetSpec
+    samples: Sequence[LabelledSample], rows_S: npt.NDArray[np.int32], spec: LabelSetSpec
 ) -> Iterator[pa.RecordBatch]:
     """Batches of about BATCH_ROWS rows that end where a sample ends."""
+    kind, schema = label_kind(spec.kind), labels_schema(spec)
     start = 0
     while start < len(samples):
-        ends = np.cumsum(rows_per_sample[start:])
+        ends = np.cumsum(rows_S[start:])
         stop = start + max(1, int(np.searchsorted(ends, BATCH_ROWS, side="right")))
         group = samples[start:stop]
         columns: list[pa.Array] = [
-            pa.array(np.repeat(np.arange(start, stop, dtype=np.int32), rows_per_sample[start:stop]))
+            pa.array(np.repeat(np.arange(start, stop, dtype=np.int32), rows_S[start:stop]))
         ]
         for name in ("positions_N", "token_ids_N", "token_logprob_N", "token_rank_N"):
             columns.append(_concatenated(group, name))
         columns.append(_concatenated(group, "log_tail_mass_N"))
         columns += [_concatenated(group, f"{name}_N") for name in spec.columns]
-        columns += LABEL_KINDS[spec.kind.type](spec.kind).encode(
+        columns += kind.encode(
             np.concatenate([sample.topk_ids_NK for sample in group]),
             np.concatenate([sample.topk_logprobs_NK for sample in group]),
         )
-        yield pa.RecordBatch.from_arrays(columns, schema=labels_schema(spec))
+        yield pa.RecordBatch.from_arrays(columns, schema=schema)
         start = stop
 
 
@@ -82,150 +83,168 @@ def _concatenated(samples: Sequence[LabelledSample], name: str) -> pa.Array:
     return pa.array(np.concatenate([getattr(sample, name) for sample in samples]))
 
 
-def _samples_batch(
-    samples: Sequence[LabelledSample], rows_per_sample: np.ndarray, spec: LabelSetSpec
-) -> pa.RecordBatch:
-    first_rows = np.cumsum(rows_per_sample) - rows_per_sample
-    rows = [
-        {
-            "sample_key": sample.key,
-            "prompt_key": sample.prompt_key,
-            "sample_index": sample.sample_index,
-            "first_row": int(first),
-            "num_rows": int(count),
-            "num_tokens": len(sample.response_ids_R),
-            "prompt_ids": sample.prompt_ids_P,
-            # with every position labelled, the rows of the label table are the response
-            "response_ids": sample.response_ids_R if count < len(sample.response_ids_R) else None,
-            "label_mask": sample.label_mask_R if count < len(sample.response_ids_R) else None,
-            "finish_reason": sample.finish_reason,
-            "stop_reason": sample.stop_reason,
-        }
-        for sample, first, count in zip(samples, first_rows, rows_per_sample, strict=True)
-    ]
-    return pa.RecordBatch.from_pylist(rows, schema=samples_schema(spec))
+def _sample_batches(
+    samples: Sequence[LabelledSample], rows_S: npt.NDArray[np.int32], spec: LabelSetSpec
+) -> Iterator[pa.RecordBatch]:
+    first_rows = (np.cumsum(rows_S) - rows_S).tolist()
+    for start in range(0, len(samples), SAMPLES_BATCH_ROWS):
+        stop = start + SAMPLES_BATCH_ROWS
+        group = zip(samples[start:stop], first_rows[start:stop], rows_S[start:stop], strict=True)
+        rows = [_sample_row(sample, first, int(count)) for sample, first, count in group]
+        yield pa.RecordBatch.from_pylist(rows, schema=samples_schema(spec))
 
 
-def _to_ipc(batches: Iterator[pa.RecordBatch] | list[pa.RecordBatch], schema: pa.Schema) -> bytes:
-    sink = io.BytesIO()
-    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", ZSTD_LEVEL))
-    with pa.ipc.new_file(sink, schema, options=options) as writer:
-        for index, batch in enumerate(batches):
-            digests = {
-                name: column_digest(column)
-                for name, column in zip(schema.names, batch.columns, strict=True)
-            }
-            metadata = {BATCH_FIELD: str(index), CHECKSUM_FIELD: json.dumps(digests)}
-            writer.write_batch(batch, custom_metadata=metadata)
-    return sink.getvalue()
+def _sample_row(sample: LabelledSample, first_row: int, num_rows: int) -> dict[str, object]:
+    masked = num_rows < len(sample.response_ids_R)
+    return {
+        "sample_key": sample.key,
+        "prompt_key": sample.prompt_key,
+        "sample_index": sample.sample_index,
+        "first_row": first_row,
+        "num_rows": num_rows,
+        "num_tokens": len(sample.response_ids_R),
+        "prompt_ids": sample.prompt_ids_P,
+        # with every position labelled, the rows of the label table are the response
+        "response_ids": sample.response_ids_R if masked else None,
+        "label_mask": sample.label_mask_R if masked else None,
+        "finish_reason": sample.finish_reason,
+        "stop_reason": sample.stop_reason,
+    }
 
 
-def column_digest(column: pa.Array) -> str:
-    """xxh3 of the *values* of a column: type, length, validity and content.
-
-    Independent of compression, padding and slicing, so the digest of a decoded column equals the
-    one taken before it was written.
-    """
-    state = xxhash.xxh3_64()
-    _update_digest(state, column)
-    return state.hexdigest()
-
-
-def _update_digest(state: xxhash.xxh3_64, column: pa.Array) -> None:
-    state.update(f"{column.type}|{len(column)}|{column.null_count}".encode())
-    if column.null_count:
-        state.update(np.packbits(column.is_valid().to_numpy(zero_copy_only=False)).tobytes())
-    kind = column.type
-    if pa.types.is_fixed_size_list(kind):
-        _update_digest(state, column.flatten())
-    elif pa.types.is_list(kind):
-        state.update(_lengths(pc.list_value_length(column)))
-        _update_digest(state, column.flatten())
-    elif pa.types.is_string(kind):
-        state.update(_lengths(pc.binary_length(column)))
-        state.update("".join(column.drop_null().to_pylist()).encode())
-    elif pa.types.is_boolean(kind):
-        state.update(column.to_numpy(zero_copy_only=False).tobytes())
-    else:
-        state.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=True)).data)
-
-
-def _lengths(lengths: pa.Array) -> bytes:
-    values: np.ndarray = lengths.fill_null(-1).to_numpy(zero_copy_only=False)
-    return values.tobytes()
-
-
-class ShardFile:
-    """A verified reader of one of the two files of a shard.
+class ShardReader:
+    """Decodes the samples of a shard from its two open files.
 
     Args:
-        data: The whole file.
-        name: What to call it in errors: store and path.
-        schema: Exactly what the file must hold.
+        labels: The labels file.
+        samples: The samples file.
+        spec: Of the label set.
+        batch_rows: Rows of every batch of the labels file, as recorded.
+        name: What to call the shard in errors.
 
     Raises:
-        ShardCorruptError: if the bytes are not a complete Arrow IPC file.
-        FormatError: if the schema or the format version differs.
+        ShardCorruptError: if the labels file has another number of batches.
     """
 
-    def __init__(self, data: bytes, *, name: str, schema: pa.Schema) -> None:
-        self._data, self._name = pa.py_buffer(data), name
-        try:
-            with pa.ipc.open_file(self._data) as reader:
-                found, self.num_batches = reader.schema, reader.num_record_batches
-        except (pa.ArrowException, OSError) as error:
+    def __init__(
+        self,
+        labels: ArrowFile,
+        samples: ArrowFile,
+        spec: LabelSetSpec,
+        batch_rows: Sequence[int],
+        *,
+        name: str,
+    ) -> None:
+        self._labels, self._samples, self._spec, self._name = labels, samples, spec, name
+        self._batch_rows = batch_rows
+        self._kind = label_kind(spec.kind)
+        if labels.num_batches != len(batch_rows):
             raise ShardCorruptError(
-                f"{name} is not a complete Arrow IPC file ({error}); run `distill verify`"
-            ) from error
-        if not found.equals(schema, check_metadata=True):
-            raise FormatError(
-                f"{name} does not have the schema of format {FORMAT_VERSION} and of its label "
-                f"set: wanted {schema.to_string()}, found {found.to_string()}"
+                f"{name} has {labels.num_batches} batches, its record says {len(batch_rows)}; "
+                "run `distill repair`"
             )
-        self.schema = schema
 
-    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Batches with the given columns (all by default), each verified before it is yielded.
+    def batch(self, number: int) -> list[tuple[int, LabelledSample]]:
+        """The samples of one record batch of the labels file, with their rows in the samples file.
 
         Raises:
-            ShardCorruptError: naming file, batch and column.
+            ShardCorruptError: if the two files do not fit each other.
+            BadLabelError: if a label cannot be one, whatever its checksum says.
         """
-        for index in range(self.num_batches):
-            yield self.batch(index, columns)
-
-    def batch(self, index: int, columns: Sequence[str] | None = None) -> pa.RecordBatch:
-        """One verified record batch; see :meth:`batches`."""
-        names = self.schema.names if columns is None else columns
-        options = pa.ipc.IpcReadOptions(
-            included_fields=[self.schema.get_field_index(name) for name in names]
-        )
-        try:
-            with pa.ipc.open_file(self._data, options=options) as reader:
-                batch, metadata = reader.get_batch_with_custom_metadata(index)
-            batch.validate(full=True)  # offsets that leave their buffer would crash the process
-            digests = json.loads(metadata[CHECKSUM_FIELD])
-            number = int(metadata[BATCH_FIELD])
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        batch = self._labels.batch(number)
+        if len(batch) != self._batch_rows[number]:
             raise ShardCorruptError(
-                f"{self._name}: batch {index} is unreadable: {error}; run `distill verify`"
-            ) from error
-        if number != index:
-            raise ShardCorruptError(
-                f"{self._name}: batch {number} stands where batch {index} should; "
-                "run `distill verify`"
+                f"{self._name}: batch {number} has {len(batch)} rows, its record says "
+                f"{self._batch_rows[number]}; run `distill repair`"
             )
-        batch = batch.select(names)
-        for name in names:
-            found = column_digest(batch.column(name))
-            if digests.get(name) != found:
-                raise ShardCorruptError(
-                    f"{self._name}: column {name!r} of batch {index} is damaged "
-                    f"(checksum {found}, committed {digests.get(name)}); run `distill verify`"
-                )
-        return batch
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        ids_NK, logprobs_NK = self._kind.decode(columns)
+        scalars = {
+            name: columns[name].to_numpy()
+            for name in batch.schema.names
+            if not _is_list(columns[name].type)
+        }
+        check_rows(scalars, ids_NK, logprobs_NK, self._spec, name=f"{self._name}, batch {number}")
+        of_sample = scalars["sample"]
+        starts = np.flatnonzero(np.diff(of_sample, prepend=-1)).tolist()
+        spans = [
+            slice(start, stop) for start, stop in zip(starts, [*starts[1:], None], strict=True)
+        ]
+        rows = of_sample[starts].tolist()
+        return [
+            (row, self._sample(facts, span, scalars, ids_NK, logprobs_NK))
+            for row, facts, span in zip(rows, self._facts(rows), spans, strict=True)
+        ]
 
-    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """All verified batches as one table."""
-        batches = list(self.batches(columns))
-        fields = [self.schema.field(name) for name in columns or self.schema.names]
-        return pa.Table.from_batches(batches, schema=pa.schema(fields))
+    def _sample(
+        self,
+        facts: dict[str, object],
+        span: slice,
+        scalars: dict[str, np.ndarray],
+        ids_NK: np.ndarray,
+        logprobs_NK: np.ndarray,
+    ) -> LabelledSample:
+        response = facts["response_ids"]
+        positions_N = scalars["position"][span]
+        if len(positions_N) != facts["num_rows"]:
+            raise ShardCorruptError(
+                f"{self._name}: sample {facts['sample_key']} has {len(positions_N)} label rows, "
+                f"its samples file says {facts['num_rows']}; run `distill repair`"
+            )
+        return LabelledSample(
+            key=str(facts["sample_key"]),
+            sample_index=int(facts["sample_index"]),  # type: ignore[call-overload]  # int32
+            prompt_ids_P=np.asarray(facts["prompt_ids"], dtype=np.int32),
+            response_ids_R=scalars["token_id"][span]
+            if response is None
+            else np.asarray(response, dtype=np.int32),
+            positions_N=positions_N,
+            token_logprob_N=scalars["token_logprob"][span],
+            token_rank_N=scalars["token_rank"][span],
+            log_tail_mass_N=scalars["log_tail_mass"][span],
+            topk_ids_NK=ids_NK[span],
+            topk_logprobs_NK=logprobs_NK[span],
+            entropy_N=scalars["entropy"][span] if "entropy" in scalars else None,
+            finish_reason=str(facts["finish_reason"]),
+            stop_reason=None if facts["stop_reason"] is None else str(facts["stop_reason"]),
+        )
+
+    def _facts(self, rows: list[int]) -> Iterator[dict[str, object]]:
+        """Rows of the samples file, ascending."""
+        number, facts = -1, []
+        for row in rows:
+            if row // SAMPLES_BATCH_ROWS != number:
+                number = row // SAMPLES_BATCH_ROWS
+                if number >= self._samples.num_batches:
+                    break
+                facts = _rows(self._samples.batch(number))
+            if row % SAMPLES_BATCH_ROWS >= len(facts):
+                break
+            yield facts[row % SAMPLES_BATCH_ROWS]
+        else:
+            return
+        raise ShardCorruptError(
+            f"{self._name}: the labels file has rows of sample {row}, which the samples file "
+            "lacks; run `distill repair`"
+        )
+
+
+def _rows(batch: pa.RecordBatch) -> list[dict[str, object]]:
+    """Rows as dictionaries; lists stay numpy arrays."""
+    columns = {name: _values(batch.column(name)) for name in batch.schema.names}
+    return [{name: values[row] for name, values in columns.items()} for row in range(len(batch))]
+
+
+def _values(column: pa.Array) -> Sequence[object]:
+    if not pa.types.is_list(column.type):
+        values: list[object] = column.to_pylist()
+        return values
+    offsets = column.offsets.to_numpy()
+    items = column.values.to_numpy(zero_copy_only=False)
+    valid = column.is_valid().to_pylist()
+    spans = zip(offsets[:-1].tolist(), offsets[1:].tolist(), valid, strict=True)
+    return [items[start:stop] if there else None for start, stop, there in spans]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_nested(kind))

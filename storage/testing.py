@@ -53,10 +53,10 @@ def label_sample_densely(
 ) -> LabelledSample:
     """The labels of a response from dense log-probs float64[R, V]: the obvious way."""
     order_RV = np.argsort(-logprobs_RV, axis=1, kind="stable")
-    ids_RK = order_RV[:, : spec.kind.k].astype(np.int32)
+    ids_RK = order_RV[:, : spec.kind.width].astype(np.int32)
     rows = np.arange(len(response_R))
     token_logprob_R = logprobs_RV[rows, response_R]
-    rest_R = np.exp(np.take_along_axis(logprobs_RV, order_RV[:, spec.kind.k :], 1)).sum(axis=1)
+    rest_R = np.exp(np.take_along_axis(logprobs_RV, order_RV[:, spec.kind.width :], 1)).sum(axis=1)
     return LabelledSample(
         key=request.key,
         sample_index=request.sample_index,

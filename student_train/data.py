@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.errors import NotLabelledError
+from storage.keys import LabelSetSpec
 from storage.samples import LabelledSample
 from storage.selection import Selection, load_selection
-from storage.store import LabelSet, LabelStore
+from storage.store import LabelStore
 from storage.tail import LOG_ZERO
 from student_train.config import BatchConfig, HardLabel, LabelSource
 from student_train.losses.base import TeacherRows
@@ -58,44 +58,35 @@ class MicroBatch:
 class LabelReader:
     """The samples of one selection, read from the cache and verified.
 
+    They may lie in any label set that satisfies the one that is named.
+
     Args:
         source: Which labels.
 
     Raises:
-        NotLabelledError: if the label set lacks samples of the selection.
+        NotLabelledError: if no set has some sample of the selection.
     """
 
     def __init__(self, source: LabelSource) -> None:
         store = LabelStore(source.store)
-        self.label_set: LabelSet = store.open(source.label_set)
+        self.spec: LabelSetSpec = store.open(source.label_set).spec
         self.selection: Selection = load_selection(store.objects, source.selection)
-        addresses = self.label_set.addresses()
-        absent = [key for key in self.selection.sample_keys if key not in addresses]
-        if absent:
-            raise NotLabelledError(
-                f"label set {source.label_set} lacks {len(absent)} of "
-                f"{len(self.selection.requests)} samples of selection {source.selection}; "
-                "run `distill label` first"
-            )
-        self.num_rows = np.array([addresses[k].num_rows for k in self.selection.sample_keys])
+        self._view = store.view(self.spec)
+        self._keys = self.selection.sample_keys
+        self.num_rows, num_response_tokens = self._view.lengths(self._keys)
         """int64[S]: label rows of every sample of the selection."""
-        self.num_tokens = np.array(
-            [
-                len(request.prompt_ids_P) + addresses[request.key].num_tokens
-                for request in self.selection.requests
-            ]
-        )
+        prompt_lengths = [len(request.prompt_ids_P) for request in self.selection.requests]
+        self.num_tokens = np.array(prompt_lengths, dtype=np.int64) + num_response_tokens
         """int64[S]: prompt plus response tokens of every sample."""
 
     @property
     def vocab_size(self) -> int:
         """Effective vocabulary of the labels."""
-        return self.label_set.spec.vocab_size
+        return self.spec.vocab_size
 
     def read(self, indices: Sequence[int]) -> list[LabelledSample]:
         """The samples at these places of the selection, verified."""
-        keys = self.selection.sample_keys
-        return list(self.label_set.read([keys[index] for index in indices]))
+        return list(self._view.read([self._keys[index] for index in indices]))
 
 
 def plan_epoch(

@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from storage.samples import LabelledSample
+from storage.label_set import LabelSet
 from storage.selection import SampleRequest
-from storage.store import LabelSet
 from teacher_server.backends.base import TeacherBackend
 
 
@@ -34,25 +33,18 @@ def label_samples(
     """Label requests and commit them in groups; yields progress after every sample and commit.
 
     What was committed stays, whatever happens next; what was not is asked for again by the next
-    run. The buffer never holds more than ``commit_samples`` finished samples.
+    run. Never more than ``commit_samples`` finished samples wait for their commit, and the teacher
+    waits while one is written.
 
     Raises:
         BadLabelError: if a label breaks an invariant of the format; it is not written.
     """
     facts = {**provenance, **backend.describe()}
-    buffer: list[LabelledSample] = []
-    finished = committed = response_tokens = 0
-    for sample in backend.label(requests):
-        sample.check(label_set.spec)
-        buffer.append(sample)
-        finished += 1
-        response_tokens += len(sample.response_ids_R)
-        if len(buffer) >= commit_samples:
-            label_set.append(buffer, facts)
-            committed += len(buffer)
-            buffer = []
-        yield LabelProgress(finished, committed, response_tokens, backend.forward_tokens)
-    if buffer:
-        label_set.append(buffer, facts)
-        committed += len(buffer)
-    yield LabelProgress(finished, committed, response_tokens, backend.forward_tokens)
+    finished = response_tokens = 0
+    with label_set.writer(facts, commit_samples=commit_samples) as writer:
+        for sample in backend.label(requests):
+            writer.add(sample)
+            finished += 1
+            response_tokens += len(sample.response_ids_R)
+            yield LabelProgress(finished, writer.committed, response_tokens, backend.forward_tokens)
+    yield LabelProgress(finished, writer.committed, response_tokens, backend.forward_tokens)

@@ -12,8 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.commands.ls import DEFAULT_STORE
-from pipeline.commands.options import JsonOption, StoreOption, console, print_json
+from pipeline.commands.options import (
+    DEFAULT_STORE,
+    JsonOption,
+    StoreOption,
+    console,
+    print_json,
+)
 from pipeline.layout import install_command
 from storage.errors import DistillError
 

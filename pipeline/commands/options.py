@@ -2,15 +2,20 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from storage.errors import DistillError, LabelStoreError
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
     from pipeline.project import Project
+    from storage.store import LabelStore
 
 ConfigArgument = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file of the project.", show_default=False)
@@ -27,7 +32,21 @@ StoreOption = Annotated[
 RunsOption = Annotated[
     Path, typer.Option("--runs", metavar="DIR", help="Directory of run folders.")
 ]
+KeyArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="KEY", help="Label set key, or a unique beginning of it.", show_default=False
+    ),
+]
+KeyOrAllArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[KEY]", help="Label set key (or its beginning); all sets by default."),
+]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")]
 DEFAULT_RUNS = Path("runs")
+DEFAULT_STORE = "labels"
+SHOWN_KEY_DIGITS = 12
+"""Enough to tell keys apart; every command takes any unique beginning."""
 
 
 def open_project(config: Path, overrides: list[str] | None, *, as_json: bool) -> "Project":
@@ -36,6 +55,74 @@ def open_project(config: Path, overrides: list[str] | None, *, as_json: bool) ->
     from pipeline.project import Project
 
     return Project(load_config(config, overrides or ()), console(as_json=as_json))
+
+
+def open_store(uri: str | None) -> "LabelStore":
+    """The store that a command is about.
+
+    Raises:
+        LabelStoreError: if there is none.
+    """
+    from storage.store import LabelStore
+
+    store = LabelStore(uri or DEFAULT_STORE)
+    if not store.objects.exists:
+        raise LabelStoreError(f"store {store.uri!r} does not exist; name one with --store")
+    return store
+
+
+class NotConfirmedError(DistillError):
+    """Nobody agreed to what a command was about to do; nothing was changed."""
+
+
+def show_then_ask(out: "Console", shown: "RenderableType", question: str, *, yes: bool) -> None:
+    """Show what is about to happen, and go on only if the user agrees.
+
+    Args:
+        out: Where the user reads.
+        shown: What would happen.
+        question: To be answered with yes or no.
+        yes: The user has agreed beforehand.
+
+    Raises:
+        NotConfirmedError: if the user does not agree, or cannot be asked.
+    """
+    out.print(shown)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise NotConfirmedError("there is no terminal to ask; add --yes to go on without asking")
+    try:
+        answer = out.input(f"{question} [y/N] ", markup=False)
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise NotConfirmedError("not confirmed; nothing was changed")
+
+
+class Failures:
+    """Label sets that failed while the others went on."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+
+    @contextmanager
+    def noted(self, key: str) -> Iterator[None]:
+        """Go on behind the block if the store refuses something in it."""
+        try:
+            yield
+        except LabelStoreError as error:
+            self._texts.append(f"{key}: {error}")
+
+    def raise_all(self) -> None:
+        """End the command.
+
+        Raises:
+            LabelStoreError: listing all failures, if there are any.
+        """
+        if self._texts:
+            listed = "\n  ".join(self._texts)
+            raise LabelStoreError(f"{len(self._texts)} label sets failed:\n  {listed}")
 
 
 def console(*, as_json: bool) -> "Console":
@@ -61,12 +148,3 @@ def print_json(value: Any) -> None:
     if _data_stream:
         sys.stdout = _data_stream.pop()
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
-
-
-def human_bytes(count: float) -> str:
-    """``1234567`` as ``1.2 MB``."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")

@@ -1,13 +1,13 @@
-"""``distill plan``: hits, misses and what they will cost."""
+"""``distill plan``: hits, upgrades, misses and what they will cost."""
 
 from pipeline.commands.options import (
     ConfigArgument,
     JsonOption,
     SetOption,
-    human_bytes,
     open_project,
     print_json,
 )
+from pipeline.text import human_bytes
 
 
 def plan(config: ConfigArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
@@ -15,7 +15,7 @@ def plan(config: ConfigArgument, overrides: SetOption = None, as_json: JsonOptio
     from rich.table import Table
 
     from pipeline.run import plan_project
-    from pipeline.steps.plan import forecast
+    from pipeline.steps.plan import STATES, forecast
 
     project = open_project(config, overrides, as_json=as_json)
     with project.running():
@@ -25,14 +25,21 @@ def plan(config: ConfigArgument, overrides: SetOption = None, as_json: JsonOptio
         print_json(found)
         return
     table = Table(title=f"label set {found['label_set']}")
-    for title in ("split", "prompts", "samples", "cached", "to label"):
+    for title in ("split", "prompts", "samples", "cached", "upgradable", "to label"):
         table.add_column(title, justify="left" if title == "split" else "right")
     for split, counts in found["splits"].items():
-        numbers = (counts[name] for name in ("prompts", "samples", "hits", "misses"))
+        numbers = (counts[name] for name in ("prompts", "samples", *STATES))
         table.add_row(split, *(str(number) for number in numbers))
+    totals = [found[state] for state in STATES]
+    table.add_row("distinct", "", str(sum(totals)), *(str(number) for number in totals))
     project.console.print(table)
+    if found["upgrades"]:
+        project.say(
+            f"{found['upgrades']} upgradable samples will be labelled anew, like missing ones"
+        )
     project.say(
-        f"to label: {found['misses']} samples, about {found['expected_prompt_tokens']} prompt and "
+        f"to label: {found['upgrades'] + found['misses']} samples, "
+        f"about {found['expected_prompt_tokens']} prompt and "
         f"{found['expected_response_tokens']} response tokens, "
         f"about {human_bytes(found['expected_bytes'])} on disk in {found['store']}"
     )

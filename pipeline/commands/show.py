@@ -2,19 +2,24 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.ls import DEFAULT_STORE
 from pipeline.commands.options import (
     DEFAULT_RUNS,
+    DEFAULT_STORE,
     JsonOption,
     RunsOption,
     StoreOption,
     console,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from storage.log import CommitLog
+
+SHOWN_COMMITS = 20
 
 
 def show(
@@ -24,39 +29,48 @@ def show(
     ],
     store: StoreOption = None,
     runs: RunsOption = DEFAULT_RUNS,
+    commits: Annotated[
+        int, typer.Option("--commits", metavar="N", min=0, help="Show the last N commits.")
+    ] = SHOWN_COMMITS,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a label set or a run is and where it came from."""
     from rich.pretty import Pretty
 
-    found = describe(name, store or DEFAULT_STORE, runs)
+    folder = runs / name
+    is_run = (folder / "config.json").is_file()
+    found = (
+        describe_run(name, folder)
+        if is_run
+        else describe_label_set(name, store or DEFAULT_STORE, commits)
+    )
     if as_json:
         print_json(found)
     else:
         console(as_json=False).print(Pretty(found, expand_all=True))
 
 
-def describe(name: str, store: str, runs: Path) -> dict[str, Any]:
-    """A run if one has this name, else a label set.
+def describe_run(name: str, folder: Path) -> dict[str, Any]:
+    """A run by its folder."""
+    students = sorted(folder.glob("students/*/student.json"))
+    return {
+        "run": name,
+        "directory": str(folder.absolute()),
+        "config": json.loads((folder / "config.json").read_text()),
+        "provenance": json.loads((folder / "provenance.json").read_text()),
+        "students": [json.loads(file.read_text()) for file in students],
+    }
+
+
+def describe_label_set(key: str, store: str, num_commits: int) -> dict[str, Any]:
+    """A label set by its key or a unique beginning of it, with its last commits.
 
     Raises:
-        LabelStoreError: if there is neither.
+        LabelStoreError: if there is none, or it is damaged.
     """
-    folder = runs / name
-    if (folder / "config.json").is_file():
-        return {
-            "run": name,
-            "directory": str(folder.absolute()),
-            "config": json.loads((folder / "config.json").read_text()),
-            "provenance": json.loads((folder / "provenance.json").read_text()),
-            "students": [
-                json.loads(file.read_text())
-                for file in sorted(folder.glob("students/*/student.json"))
-            ],
-        }
     from storage.store import LabelStore
 
-    label_set = LabelStore(store).open(name)
+    label_set = LabelStore(store).open(key)
     totals = label_set.totals()
     return {
         "label_set": label_set.key,
@@ -65,13 +79,31 @@ def describe(name: str, store: str, runs: Path) -> dict[str, Any]:
         "generation_key": label_set.spec.generation.key,
         "provenance": label_set.document.provenance,
         "totals": {field: getattr(totals, field) for field in totals.__slots__},
-        "commits": [
-            {
-                "number": record.number,
-                "created_at": record.created_at,
-                "samples": sum(shard.num_samples for shard in record.shards),
-                "provenance": record.provenance,
-            }
-            for record in label_set.refresh()
-        ],
+        "commits": last_commits(label_set.log, num_commits),
     }
+
+
+def last_commits(log: "CommitLog", count: int) -> list[dict[str, Any]]:
+    """The last commits of a refreshed history, oldest first; of a damaged one its ``error``."""
+    from storage.errors import LabelStoreError
+
+    entries: list[dict[str, Any]] = []
+    for number in range(max(1, log.last - count + 1), log.last + 1):
+        try:
+            record = log.single(number)
+        except LabelStoreError as error:
+            entries.append({"number": number, "error": str(error)})
+            continue
+        if record is not None:
+            entries.append(
+                {
+                    "number": number,
+                    "created_at": record.created_at,
+                    "samples": record.num_samples,
+                    "shards": len(record.shards),
+                    "removed_shards": len(record.removed),
+                    "dropped": record.dropped,
+                    "provenance": record.provenance,
+                }
+            )
+    return entries

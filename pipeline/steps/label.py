@@ -2,18 +2,20 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.cluster import Cluster, unwrapped
 from pipeline.progress import Bars
 from pipeline.project import Project
-from pipeline.steps.plan import Plan
+from pipeline.steps.plan import Plan, expected_response_tokens
 from pipeline.steps.prepare import PreparedTeacher
 from storage.errors import DistillError
+from storage.label_set import LabelSet
 from storage.provenance import provenance
 from storage.selection import SampleRequest
-from storage.store import LabelSet, LabelStore
+from storage.store import LabelStore
+from storage.view import LabelView
 from teacher_server.backends.base import TeacherJob, start_backend
 from teacher_server.config import VllmBackendConfig
 from teacher_server.label import LabelProgress, label_samples
@@ -60,12 +62,38 @@ class TeacherWorker:
 
 
 def label_missing(project: Project, plan: Plan, teacher: PreparedTeacher, cluster: Cluster) -> int:
-    """Label every sample of the plan that is not cached; returns how many were labelled.
+    """Label every sample of the plan that no label set serves; returns how many were labelled.
 
     Raises:
         DistillError: if a partition fails again and again; committed samples are kept.
     """
-    label_set = project.store.create(
+    view = project.store.view(plan.spec)
+    misses = missing_requests(view, plan.requests())
+    expected_tokens = expected_response_tokens(plan, misses, view)
+    label_set = requested_label_set(project, plan, teacher, expected_tokens=expected_tokens)
+    if not misses:
+        return 0
+    with project.timed("label", label_set=plan.spec.key, samples=len(misses)) as cost:
+        _LabelJob(project, plan, teacher, cluster, label_set).run(misses, cost)
+    return len(misses)
+
+
+def missing_requests(view: LabelView, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
+    """The requests that no label set serves, in the order in which they are to be labelled."""
+    served = view.contains([request.key for request in requests]).tolist()
+    misses = [request for request, hit in zip(requests, served, strict=True) if not hit]
+    # neighbours in key order share storage partitions, so a commit goes to few shards
+    return sorted(misses, key=lambda request: request.key)
+
+
+def requested_label_set(
+    project: Project, plan: Plan, teacher: PreparedTeacher, *, expected_tokens: int = 0
+) -> LabelSet:
+    """The label set of the plan, created if need be.
+
+    It exists also where other sets serve every sample: students find their labels by its key.
+    """
+    return project.store.create(
         plan.spec,
         {
             "teacher": str(project.config.teacher.model),
@@ -73,14 +101,8 @@ def label_missing(project: Project, plan: Plan, teacher: PreparedTeacher, cluste
             "chat_template": teacher.chat_template or "none",
             "project": project.config.name,
         },
+        expected_tokens=expected_tokens,
     )
-    stored = label_set.addresses()
-    misses = [request for request in plan.requests() if request.key not in stored]
-    if not misses:
-        return 0
-    with project.timed("label", label_set=plan.spec.key, samples=len(misses)) as cost:
-        _LabelJob(project, plan, teacher, cluster, label_set).run(misses, cost)
-    return len(misses)
 
 
 class _LabelJob:
@@ -144,7 +166,7 @@ class _LabelJob:
                 idle.append(worker)
                 continue
             except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
-                left = self._label_set.missing(request.key for request in requests)
+                left = self._label_set.missing([request.key for request in requests])
                 self._project.note("teacher died", attempt=attempt, samples_left=len(left))
                 if attempt >= MAX_ATTEMPTS:
                     raise DistillError(

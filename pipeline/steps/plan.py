@@ -1,5 +1,7 @@
 """Which labels does this project need, which exist, and what will the rest cost?"""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -9,11 +11,13 @@ from pipeline.steps.prepare import PreparedTeacher
 from storage.errors import InputError
 from storage.keys import LabelSetSpec, key_of
 from storage.selection import SampleRequest, Selection, load_selection
-from storage.store import LabelSet
+from storage.view import LabelView
 from teacher_server.config import DataSource, label_set_spec
 from teacher_server.prompts import Prompts, Tokenizer, read_prompts, select_samples
 
 SPLITS = ("train", "heldout")
+STATES = ("hits", "upgrades", "misses")
+"""What a plan says of every sample; see :class:`storage.view.Plan`."""
 SCALAR_BYTES = 14
 """Measured bytes per token of the scalar columns of a shard."""
 BYTES_PER_STORED_TOKEN = 2.5
@@ -152,47 +156,64 @@ def _all(prompts: dict[str, Prompts]) -> Prompts:
 
 
 def forecast(project: Project, plan: Plan) -> dict[str, Any]:
-    """Hits, misses and the expected tokens and bytes of the misses, before anything is spent."""
-    label_set = project.store.find(plan.spec)
-    stored = label_set.addresses() if label_set is not None else {}
-    misses = [r for r in plan.requests() if r.key not in stored]
-    splits = {}
-    for split, selection in plan.selections.items():
-        hits = sum(r.key in stored for r in selection.requests)
-        splits[split] = {
-            "prompts": sum(len(r.sources) for r in selection.requests if r.sample_index == 0),
-            "samples": len(selection.requests),
-            "hits": hits,
-            "misses": len(selection.requests) - hits,
-        }
-    expected = _expected_response_tokens(plan, misses, label_set)
-    per_token = SCALAR_BYTES + BYTES_PER_STORED_TOKEN * plan.spec.kind.k
+    """What is stored, and the expected tokens and bytes of the rest, before anything is spent."""
+    view = project.store.view(plan.spec)
+    requests = plan.requests()
+    states = _states(view, requests)
+    to_label = [r for r in requests if states[r.key] != "hits"]
+    expected = expected_response_tokens(plan, to_label, view)
+    per_token = SCALAR_BYTES + BYTES_PER_STORED_TOKEN * plan.spec.kind.width
     shared = set(plan.selections["train"].sample_keys) & set(plan.selections["heldout"].sample_keys)
     return {
         "label_set": plan.spec.key,
         "store": project.store_uri,
-        "splits": splits,
-        "hits": len(plan.requests()) - len(misses),
-        "misses": len(misses),
+        "splits": {
+            split: {
+                "prompts": sum(len(r.sources) for r in selection.requests if r.sample_index == 0),
+                "samples": len(selection.requests),
+                **_counts(states, selection.requests),
+            }
+            for split, selection in plan.selections.items()
+        },
+        **_counts(states, requests),
         "in_both_splits": len(shared),
         "expected_response_tokens": expected,
-        "expected_prompt_tokens": sum(len(r.prompt_ids_P) for r in misses),
+        "expected_prompt_tokens": sum(len(r.prompt_ids_P) for r in to_label),
         "expected_bytes": round(expected * per_token),
         "skipped_rows": list(plan.skipped_rows),
     }
 
 
-def _expected_response_tokens(
-    plan: Plan, misses: list[SampleRequest], label_set: LabelSet | None
-) -> int:
-    """Exact in score mode; otherwise the mean length so far, or the limit for a new set."""
+def _states(view: LabelView, requests: Sequence[SampleRequest]) -> dict[str, str]:
+    """By sample key: what is stored of it, one of STATES."""
+    found = view.plan([request.key for request in requests])
+    columns = (getattr(found, state).tolist() for state in STATES)
+    return {
+        request.key: STATES[flags.index(True)]
+        for request, *flags in zip(requests, *columns, strict=True)
+    }
+
+
+def _counts(states: dict[str, str], requests: Sequence[SampleRequest]) -> dict[str, int]:
+    """How many of these samples are in each state."""
+    counter = Counter(states[request.key] for request in requests)
+    return {state: counter[state] for state in STATES}
+
+
+def expected_response_tokens(plan: Plan, requests: Sequence[SampleRequest], view: LabelView) -> int:
+    """Response tokens that labelling these samples will make.
+
+    Exact in score mode; otherwise the mean length of the responses that this teacher gave so far
+    with this sampling, whatever was stored of them, or the limit if it gave none.
+    """
     sampling = plan.spec.generation.sampling
     if sampling is None:
-        return sum(_length(r) for r in misses)
-    totals = label_set.totals() if label_set is not None else None
-    if totals is None or totals.num_samples == 0:
-        return len(misses) * sampling.max_tokens
-    return round(len(misses) * totals.num_tokens / totals.num_samples)
+        return sum(_length(request) for request in requests)
+    totals = [label_set.totals() for label_set in (*view.sets, *view.upgradable)]
+    num_samples = sum(found.num_samples for found in totals)
+    if num_samples == 0:
+        return len(requests) * sampling.max_tokens
+    return round(len(requests) * sum(found.num_tokens for found in totals) / num_samples)
 
 
 def _length(request: SampleRequest) -> int:

@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from storage.files import write_atomically
 from storage.keys import key_of
 from storage.samples import LabelledSample
 from storage.tokenizer import TokenDecoder
+from storage.view import LabelView
 from student_train.config import METRICS_FILE
 
 TOP_TOKENS = 5
@@ -71,20 +73,40 @@ def render_report(report: dict[str, Any]) -> str:
 
 
 def _labels(project: Project, plan: Plan) -> dict[str, Any]:
-    label_set = project.store.find(plan.spec)
-    assert label_set is not None
-    totals = label_set.totals()
     return {
         "key": plan.spec.key,
         "store": project.store_uri,
-        "k": plan.spec.kind.k,
+        "k": plan.spec.kind.width,
         "mode": plan.spec.generation.mode,
         "samples": {name: len(s.requests) for name, s in plan.selections.items()},
         "selections": plan.selection_keys,
-        "stored_samples": totals.num_samples,
-        "stored_tokens": totals.num_tokens,
-        "stored_bytes": totals.num_bytes,
+        **_stored(project.store.view(plan.spec), [request.key for request in plan.requests()]),
         "skipped_rows": list(plan.skipped_rows),
+    }
+
+
+def _stored(view: LabelView, keys: list[str]) -> dict[str, Any]:
+    """Sizes of the samples that a project reads, and the label sets in which they lie.
+
+    The bytes of a set are shared out evenly over its tokens.
+    """
+    served_by: dict[str, int] = {}
+    num_tokens, num_bytes = 0, 0.0
+    for label_set in view.sets:
+        there = label_set.contains(keys).tolist()
+        mine = list(compress(keys, there))
+        keys = [key for key, found in zip(keys, there, strict=True) if not found]
+        if mine:
+            totals = label_set.totals()
+            tokens = int(label_set.locate(mine).entries.num_tokens.sum())
+            served_by[label_set.key] = len(mine)
+            num_tokens += tokens
+            num_bytes += totals.num_bytes * tokens / totals.num_tokens
+    return {
+        "served_by": served_by,
+        "stored_samples": sum(served_by.values()),
+        "stored_tokens": num_tokens,
+        "stored_bytes": round(num_bytes),
     }
 
 
@@ -122,9 +144,8 @@ def _response(project: Project, plan: Plan, teacher: PreparedTeacher) -> dict[st
     requests = plan.selections["heldout"].requests or plan.selections["train"].requests
     if not requests:
         return None
-    label_set = project.store.find(plan.spec)
-    assert label_set is not None
-    sample = max(label_set.read([r.key for r in requests[:8]]), key=lambda s: len(s.positions_N))
+    samples = project.store.view(plan.spec).read([request.key for request in requests[:8]])
+    sample = max(samples, key=lambda s: len(s.positions_N))
     decoder = TokenDecoder(Path(teacher.model.directory))
     return {
         "sample_key": sample.key,

@@ -16,6 +16,7 @@ from pipeline.progress import Bars
 from pipeline.project import Project, teacher_forward_tokens
 from pipeline.steps.plan import Plan
 from pipeline.steps.prepare import PreparedModel, PreparedTeacher
+from pipeline.text import kind_text
 from storage.errors import DistillError
 from storage.files import write_atomically
 from storage.keys import key_of
@@ -173,7 +174,7 @@ def _job(
         "teacher": f"{project.config.teacher.model}, fingerprint {teacher.model.key}",
         "label set": plan.spec.key,
         "labels": (
-            f"{plan.spec.generation.mode}, top-{plan.spec.kind.k}, "
+            f"{plan.spec.generation.mode}, {kind_text(plan.spec)}, "
             f"columns {', '.join(plan.spec.columns) or 'none'}"
         ),
         "sampling": "given responses" if sampling is None else sampling.model_dump_json(),

@@ -116,7 +116,7 @@ class TransformersBackend:
         stop_reason: str | None,
     ) -> LabelledSample:
         live_RV = logprobs_RV[:, : self._job.spec.vocab_size]
-        topk = live_RV.topk(self._job.spec.kind.k, dim=-1)
+        topk = live_RV.topk(self._job.spec.kind.width, dim=-1)
         token_R1 = live_RV.gather(1, torch.tensor(response_R, dtype=torch.long)[:, None])
         probabilities_RV = logprobs_RV.double().exp()
         tail_R = probabilities_RV.scatter(1, topk.indices, 0.0).sum(dim=-1).log()

@@ -69,7 +69,7 @@ class VllmBackend:
         self.forward_tokens = 0
         self._vllm = vllm
         self._job = job
-        self._k = job.spec.kind.k
+        self._k = job.spec.kind.width
         self._on_cpu = vllm.platforms.current_platform.is_cpu()
         self._llm = vllm.LLM(**self._engine_options(job.backend))
         # rows of a padded embedding must not be sampled; the recorded log-probs are taken before

@@ -80,7 +80,7 @@ class Demo:
             files[str(record)] = record.read_bytes()
             for shard in json.loads(record.read_bytes())["shards"]:
                 for table in ("labels", "samples"):
-                    path = record.parent.parent / "shards" / shard[table]["name"]
+                    path = record.parent.parent / "shards" / f"{shard['name']}.{table}.arrow"
                     files[str(path)] = path.read_bytes()
         return files
 

@@ -53,7 +53,7 @@ def test_labels_are_the_distributions_that_predicted_each_token(demo) -> None:
     label_set = store.open(key)
     (teacher,) = demo.run_folder.glob("models/gguf-*")
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
-    for sample in label_set.read(sorted(label_set.addresses())[:4]):
+    for sample in label_set.read(sorted(demo.stored_keys())[:4]):
         tokens = np.concatenate([sample.prompt_ids_P, sample.response_ids_R])
         with torch.inference_mode():
             logits = model(torch.tensor(tokens[None], dtype=torch.long)).logits[0]

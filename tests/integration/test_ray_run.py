@@ -19,7 +19,7 @@ def stored_keys(project_file: Path) -> Counter[str]:
     for path in (project_file.parent / "labels").rglob("commits/*.json"):
         record = json.loads(path.read_text())
         for shard in record["shards"]:
-            file = path.parent.parent / "shards" / shard["samples"]["name"]
+            file = path.parent.parent / "shards" / f"{shard['name']}.samples.arrow"
             table = pa.ipc.open_file(file).read_all()
             found.update(table.column("sample_key").to_pylist())
     return found
@@ -82,6 +82,22 @@ def test_a_teacher_that_always_dies_fails_the_job_and_keeps_what_it_has(
     assert committed.open(key).totals().num_samples == 12
     resumed = distill("label", project_file, "--set", "teacher.backend={type: fake}", "--json")
     assert json.loads(resumed.stdout)["labelled"] == 18
+
+
+def test_a_smaller_k_is_trained_from_the_labels_of_a_larger_one(
+    project_file: Path, distill: Distill
+) -> None:
+    """A set of its own is made for the request, and stays empty."""
+    fake = ("--set", "teacher.backend={type: fake}")
+    wide = json.loads(distill("label", project_file, *fake, "--json").stdout)["label_set"]
+    narrow = ("--set", "label.kind.k=8", "--set", "train.epochs=1", "--json")
+    report = json.loads(distill("run", project_file, *fake, *narrow).stdout)
+    assert report["labels"]["k"] == 8
+    assert report["labels"]["served_by"] == {wide: 30}
+    assert [cost["step"] for cost in report["costs"]].count("label") == 1
+    (student,) = report["students"]
+    assert student["label_set"] == report["labels"]["key"] != wide
+    assert LabelStore(str(project_file.parent / "labels")).open(wide).totals().num_samples == 30
 
 
 def test_training_without_labels_is_refused_and_says_what_to_do(

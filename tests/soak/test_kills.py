@@ -31,7 +31,7 @@ def committed(store: Path) -> tuple[dict[str, bytes], Counter[str]]:
         files[str(record)] = record.read_bytes()
         for shard in json.loads(record.read_bytes())["shards"]:
             for table in ("labels", "samples"):
-                path = record.parent.parent / "shards" / shard[table]["name"]
+                path = record.parent.parent / "shards" / f"{shard['name']}.{table}.arrow"
                 files[str(path)] = path.read_bytes()
             table = pa.ipc.open_file(files[str(path)]).read_all()
             keys.update(table.column("sample_key").to_pylist())

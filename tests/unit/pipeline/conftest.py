@@ -12,11 +12,15 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from pipeline.cli import main
 from pipeline.config import load_config
 from pipeline.project import Project
+from storage.store import LabelStore
+from storage.testing import make_sample, make_spec
 
 WORDS = [f"w{number}" for number in range(28)]
 CONTEXT = 32
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +93,39 @@ def open_project(project_file: Path) -> Callable[..., Project]:
         return Project(load_config(project_file, overrides), Console(quiet=True))
 
     return load
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Two commits of a made-up teacher: three samples of 5 tokens, then two of 4."""
+    root = tmp_path / "store"
+    spec = make_spec()
+    label_set = LabelStore(str(root), create=True).create(spec, {"teacher": "./a-teacher"})
+    label_set.append([make_sample(number, spec) for number in range(3)], {"host": "h1"})
+    more = [make_sample(number, spec, num_tokens=4) for number in (3, 4)]
+    label_set.append(more, {"host": "h2"})
+    return root
+
+
+@pytest.fixture
+def as_json(capsys: Capture) -> Callable[..., Any]:
+    """A function that runs a command with ``--json`` and returns its document."""
+
+    def run(*words: str, code: int = 0) -> Any:
+        capsys.readouterr()
+        assert main([*words, "--json"]) == code
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def flip_a_bit() -> Callable[[Path], None]:
+    """A function that damages a file in its middle."""
+
+    def flip(file: Path) -> None:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+    return flip

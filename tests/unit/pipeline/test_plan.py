@@ -7,6 +7,7 @@ from shutil import rmtree
 import numpy as np
 import pytest
 
+from pipeline.cli import main
 from pipeline.project import Project
 from pipeline.run import plan_project
 from pipeline.steps.plan import Plan, forecast
@@ -41,13 +42,18 @@ def label(project: Project, plan: Plan, requests: Sequence[SampleRequest], num_t
     project.store.create(plan.spec, {}).append(samples, {})
 
 
+def counts(split: dict[str, int]) -> tuple[int, ...]:
+    """Prompts, samples, hits, upgrades and misses of a split."""
+    return tuple(split[name] for name in ("prompts", "samples", "hits", "upgrades", "misses"))
+
+
 def test_a_new_project_misses_everything(open_project: OpenProject) -> None:
     project = open_project()
     plan = plan_of(project)
     found = forecast(project, plan)
     assert found["splits"] == {
-        "train": {"prompts": 4, "samples": 4, "hits": 0, "misses": 4},
-        "heldout": {"prompts": 2, "samples": 2, "hits": 0, "misses": 2},
+        "train": {"prompts": 4, "samples": 4, "hits": 0, "upgrades": 0, "misses": 4},
+        "heldout": {"prompts": 2, "samples": 2, "hits": 0, "upgrades": 0, "misses": 2},
     }
     assert (found["hits"], found["misses"]) == (0, 6)
     # 1 + 2 + 3 + 4 tokens of train, 1 + 2 of held-out prompts
@@ -71,7 +77,7 @@ def test_cached_labels_are_hits_and_tell_the_expected_length(open_project: OpenP
     plan = plan_of(project)
     label(project, plan, plan.selections["train"].requests[:3], num_tokens=4)
     found = forecast(project, plan)
-    assert found["splits"]["train"] == {"prompts": 4, "samples": 4, "hits": 3, "misses": 1}
+    assert counts(found["splits"]["train"]) == (4, 4, 3, 0, 1)
     assert (found["hits"], found["misses"]) == (3, 3)
     assert found["expected_response_tokens"] == 3 * 4  # three misses, 4 tokens on average
     assert found["expected_prompt_tokens"] == 4 + 1 + 2
@@ -98,15 +104,62 @@ def test_more_responses_per_prompt_extend_the_same_label_set(open_project: OpenP
     more = open_project("label.sampling.samples_per_prompt=2")
     found = forecast(more, plan_of(more))
     assert found["label_set"] == plan.spec.key
-    assert found["splits"]["train"] == {"prompts": 4, "samples": 8, "hits": 4, "misses": 4}
+    assert counts(found["splits"]["train"]) == (4, 8, 4, 0, 4)
 
 
-def test_another_k_misses_everything(open_project: OpenProject) -> None:
+def test_another_teacher_dtype_misses_everything(open_project: OpenProject) -> None:
     project = open_project()
     plan = plan_of(project)
     label(project, plan, plan.requests(), num_tokens=4)
-    other = open_project("label.kind.k=5")
+    other = open_project("teacher.dtype=bfloat16")
     assert forecast(other, plan_of(other))["misses"] == 6
+
+
+def test_a_smaller_request_is_served_by_the_stored_labels(open_project: OpenProject) -> None:
+    project = open_project()
+    plan = plan_of(project)
+    label(project, plan, plan.requests(), num_tokens=4)
+    smaller = open_project("label.kind.k=3", "label.columns=[]")
+    found = forecast(smaller, plan_of(smaller))
+    assert found["label_set"] != plan.spec.key
+    assert (found["hits"], found["upgrades"], found["misses"]) == (6, 0, 0)
+    assert found["expected_response_tokens"] == found["expected_bytes"] == 0
+
+
+def test_a_larger_request_is_an_upgrade_where_the_response_is_stored(
+    open_project: OpenProject,
+) -> None:
+    project = open_project()
+    plan = plan_of(project)
+    label(project, plan, plan.selections["train"].requests[:3], num_tokens=4)
+    larger = open_project("label.kind.k=5")
+    found = forecast(larger, plan_of(larger))
+    assert counts(found["splits"]["train"]) == (4, 4, 0, 3, 1)
+    assert counts(found["splits"]["heldout"]) == (2, 2, 0, 0, 2)
+    assert (found["hits"], found["upgrades"], found["misses"]) == (0, 3, 3)
+    # upgrades cost as much as misses: the same teacher's responses have 4 tokens on average
+    assert found["expected_response_tokens"] == 6 * 4
+    assert found["expected_prompt_tokens"] == 13
+
+
+def test_the_plan_is_shown_as_a_table(
+    open_project: OpenProject, project_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = open_project()
+    plan = plan_of(project)
+    label(project, plan, plan.selections["train"].requests[:3], num_tokens=4)
+    wider = open_project("label.kind.k=6")
+    label(wider, plan_of(wider), plan.selections["train"].requests[:1], num_tokens=4)
+    assert main(["plan", str(project_file), "--set", "label.kind.k=5"]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.replace("\u2502", " ").split() for line in shown.splitlines()]
+    # prompts, samples, cached, upgradable, to label
+    assert ["train", "4", "4", "1", "2", "1"] in rows
+    assert ["heldout", "2", "2", "0", "0", "2"] in rows
+    assert ["distinct", "6", "1", "2", "3"] in rows
+    text = " ".join(shown.split())
+    assert "2 upgradable samples will be labelled anew, like missing ones" in text
+    assert "to label: 5 samples" in text
 
 
 def test_equal_prompts_are_one_sample(
@@ -116,7 +169,7 @@ def test_equal_prompts_are_one_sample(
     write_prompts("heldout", ["w2", "w3"])
     project = open_project()
     found = forecast(project, plan_of(project))
-    assert found["splits"]["train"] == {"prompts": 3, "samples": 2, "hits": 0, "misses": 2}
+    assert counts(found["splits"]["train"]) == (3, 2, 0, 0, 2)
     assert found["misses"] == 3  # w1, w2, w3
     assert found["in_both_splits"] == 1
 

@@ -69,6 +69,7 @@ def make_report(num_students: int = 2, **changes: Any) -> dict[str, Any]:
             "mode": "generate",
             "samples": {"train": 1200, "heldout": 1},
             "selections": {"train": "2" * 64, "heldout": "3" * 64},
+            "served_by": {"1" * 64: 1000, "4" * 64: 201},
             "stored_samples": 1201,
             "stored_tokens": 2000,
             "stored_bytes": 500_000,
@@ -192,6 +193,12 @@ def test_summary_tells_that_training_ran_no_teacher() -> None:
 def test_label_facts_include_bytes_per_token() -> None:
     # 500,000 bytes for 2,000 tokens
     assert "250.0" in Page(render_report(make_report())).text
+
+
+def test_label_sets_that_serve_labels_of_another_are_named() -> None:
+    text = " ".join(Page(render_report(make_report())).text.split())
+    assert f"201 samples of label set {'4' * 64}" in text
+    assert f"samples of label set {'1' * 64}" not in text
 
 
 def test_first_and_last_losses_are_in_the_page_without_script() -> None:

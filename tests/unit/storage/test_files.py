@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.files import publish_directory, write_atomically
+from storage.files import create_durably, publish_directory, write_atomically
 
 
 def test_a_file_is_created_with_its_directories(tmp_path: Path) -> None:
@@ -52,3 +52,23 @@ def test_a_file_in_the_place_of_a_directory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError):
         publish_directory(finished, tmp_path / "final")
     assert finished.is_dir()
+
+
+def test_a_file_is_created_once_with_its_directories(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "c"
+    assert create_durably(path, b"first") is True
+    assert create_durably(path, b"second") is False
+    assert path.read_bytes() == b"first"
+    assert [found.name for found in path.parent.iterdir()] == ["c"]
+
+
+def test_a_file_that_cannot_be_flushed_never_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        create_durably(tmp_path / "a", b"data")
+    assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,10 @@ from pydantic import BaseModel
 
 from storage.errors import UnstableValueError
 from storage.keys import (
+    PROMPT_HEX_DIGITS,
     GenerationSpec,
     LabelSetSpec,
+    MassSpec,
     SamplingSpec,
     TeacherFingerprint,
     TopKSpec,
@@ -96,13 +98,13 @@ def test_keys_are_pinned() -> None:
     assert spec.key == "2017621b5beab5a39ec105b190133aba"
     assert spec.generation.key == "e2c17bdf9f5f2b88708aa917f4078167"
     assert prompt_key([1, 2, 3]) == "05bb47e0fa3ccf258de905de5a5eacc7"
-    assert sample_key([1, 2, 3], 0) == "ce413f9475415ac7b915353ec04912f4"
-    assert sample_key([1, 2, 3], 0, response_ids=[4, 5]) == "1a7d24a12935cd78d477269222f6fb95"
+    assert sample_key([1, 2, 3], 0) == "05bb47e075415ac7b915353ec04912f4"
+    assert sample_key([1, 2, 3], 0, response_ids=[4, 5]) == "05bb47e02935cd78d477269222f6fb95"
     assert (
         sample_key([1, 2, 3], 0, response_ids=[4, 5], label_mask=[0, 1])
-        == "3177ce5fc881276a0cedeb8504303cf9"
+        == "05bb47e0c881276a0cedeb8504303cf9"
     )
-    assert sampling_seed(0, sample_key([1, 2, 3], 0)) == 3976461828157183458
+    assert sampling_seed(0, sample_key([1, 2, 3], 0)) == 914774844041005146
 
 
 def test_canonical_json_is_pinned() -> None:
@@ -228,6 +230,30 @@ def test_no_label_mask_means_every_position() -> None:
     assert sample_key([1], 0, response_ids=[2, 3]) == sample_key(
         [1], 0, response_ids=[2, 3], label_mask=np.array([True, True])
     )
+
+
+@given(IDS, st.integers(0, 9), st.none() | IDS)
+def test_a_sample_key_begins_like_the_key_of_its_prompt(
+    prompt: list[int], index: int, response: list[int] | None
+) -> None:
+    """8 hex digits, 32 bits: samples of a prompt are neighbours and never leave its partition."""
+    key = sample_key(prompt, index, response_ids=response)
+    assert PROMPT_HEX_DIGITS == 8
+    assert key[:8] == prompt_key(prompt)[:8]
+    assert key[8:] != prompt_key(prompt)[8:]
+
+
+def test_the_options_of_every_kind_change_the_label_set_key() -> None:
+    kinds = [TopKSpec(k=64), MassSpec(), MassSpec(mass=0.99), MassSpec(cap=32)]
+    keys = {make_spec().model_copy(update={"kind": kind}).key for kind in kinds}
+    assert len(keys) == 4
+    assert [kind.width for kind in kinds] == [64, 64, 64, 32]
+
+
+@pytest.mark.parametrize("columns", [("entropy", "entropy"), ("z", "entropy")])
+def test_columns_that_are_unknown_or_repeat_are_refused(columns: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="columns"):
+        LabelSetSpec.model_validate({**make_spec().model_dump(), "columns": columns})
 
 
 def test_a_prompt_key_is_not_the_key_of_its_first_sample() -> None:

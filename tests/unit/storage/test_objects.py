@@ -1,5 +1,8 @@
 """One small interface over every medium; here the local one (S3: tests/integration)."""
 
+import datetime
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,4 +93,93 @@ def test_a_directory_that_cannot_be_written_says_that_the_rest_is_intact(tmp_pat
         LabelStoreError, match=r"cannot write .*committed before is intact"
     ) as error:
         Objects(str(tmp_path)).create("label_sets/a/spec.json", b"")
+    assert "\n" not in str(error.value)
+
+
+# -- what the format needs of a medium -------------------------------------------------------------
+def test_paths_behind_a_given_one_leave_it_out(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    for path in ("a/1", "a/2", "a/3"):
+        objects.create(path, b"")
+    assert list(objects.paths("a", after="a/2")) == ["a/3"]
+    assert list(objects.paths("a", after="a/1x")) == ["a/2", "a/3"]
+
+
+def test_entries_tell_sizes_and_when_objects_were_made(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    objects.create("a/1", b"12345")
+    os.utime(tmp_path / "a" / "1", (1000, 1000))
+    made = datetime.datetime(1970, 1, 1, 0, 16, 40, tzinfo=datetime.UTC)  # 1000 s
+    assert list(objects.entries("a")) == [("a/1", 5, made)]
+
+
+def test_the_time_is_that_of_the_medium_and_leaves_no_object(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    before = objects.now()
+    objects.create("a", b"")
+    (_, _, made), *_ = objects.entries("")
+    assert before <= made <= objects.now()
+    assert list(objects.paths("")) == ["a"]
+
+
+def test_an_object_is_opened_where_it_lies(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    objects.create("a/1", b"12345")
+    file, size = objects.open("a/1")
+    with file:
+        assert size == 5
+        assert file.read_at(2, 3) == b"45"
+    with pytest.raises(FileNotFoundError, match="a/2 does not exist"):
+        objects.open("a/2")
+
+
+def test_deleting_twice_is_no_error(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    objects.create("a/1", b"")
+    objects.delete("a/1")
+    objects.delete("a/1")
+    assert list(objects.paths("")) == []
+
+
+def test_an_upload_replaces_whole_objects(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path / "store"), create=True)
+    for content in (b"first", b"second"):
+        (tmp_path / "file").write_bytes(content)
+        objects.upload("a/archive", tmp_path / "file")
+    assert objects.get("a/archive") == b"second"
+
+
+def test_a_retry_after_a_lost_answer_finds_its_own_object(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    objects.create("a", b"ours")
+    objects.create_own("a", b"ours")
+    with pytest.raises(LabelStoreError, match="a exists already with another content"):
+        objects.create_own("a", b"theirs")
+
+
+def test_unfinished_writes_are_found_with_their_age(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    objects.create("sets/a/x", b"")
+    half = tmp_path / "sets" / "a" / "y#123"
+    half.write_bytes(b"half")
+    os.utime(half, (1000, 1000))
+    (tmp_path / "other#1").write_bytes(b"")
+    ((file, made),) = objects.unfinished("sets")
+    assert (file, made.timestamp()) == (half, 1000)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda objects: objects.open("folder"), "cannot read .*/folder"),
+        (lambda objects: objects.delete("folder"), "cannot remove .*/folder"),
+    ],
+    ids=["open", "delete"],
+)
+def test_a_folder_in_the_place_of_an_object_is_named(
+    tmp_path: Path, act: Callable[[Objects], object], message: str
+) -> None:
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(LabelStoreError, match=message) as error:
+        act(Objects(str(tmp_path)))
     assert "\n" not in str(error.value)

@@ -1,13 +1,21 @@
 """A sample is checked before it is stored: every invariant of the format has its refusal."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from storage.errors import BadLabelError
-from storage.keys import LabelSetSpec, sample_key
+from storage.errors import (
+    BadLabelError,
+    MassError,
+    NotFiniteError,
+    UnsortedError,
+    VocabularyError,
+)
+from storage.keys import LabelSetSpec, MassSpec, sample_key
+from storage.narrow import narrow
 from storage.samples import LabelledSample
 from storage.testing import make_sample, make_spec
 
@@ -17,7 +25,7 @@ SPEC = make_spec()
 Change = Callable[[LabelledSample], LabelledSample]
 
 
-def with_row(name: str, row: int, value: object) -> Change:
+def with_row(name: str, row: int | tuple[int, int], value: object) -> Change:
     """The sample with one row (or one cell) of one array replaced."""
 
     def change(sample: LabelledSample) -> LabelledSample:
@@ -113,8 +121,8 @@ VIOLATIONS: dict[str, tuple[Change, str]] = {
     ),
     "a negative response id": (with_row("response_ids_R", 3, -1), "response ids leave"),
     "a top-k id at the vocabulary's size": (
-        with_row("topk_ids_NK", 3, 100),
-        "top-k ids leave the vocabulary 100",
+        with_row("topk_ids_NK", (3, 7), 100),
+        "a top-k id leaves the vocabulary 100",
     ),
     "an unsorted top-k": (swapped_tokens, "top-k is not sorted at labelled position 3"),
     # e**0 = 1 of tail on top of the top-k's mass
@@ -166,12 +174,87 @@ def test_labels_of_a_dense_distribution_pass(number: int) -> None:
     make_sample(number, SPEC).check(SPEC)
 
 
+FINER = {
+    NotFiniteError: "is not finite",
+    VocabularyError: "leaves? the vocabulary",
+    MassError: "do not sum to 1",
+    UnsortedError: "is not sorted|ids repeat",
+}
+"""Which problems have a class of their own; the others are plain BadLabelErrors."""
+
+
 @pytest.mark.parametrize("violation", VIOLATIONS)
 def test_a_violated_invariant_is_refused_by_name(violation: str) -> None:
     change, message = VIOLATIONS[violation]
     sample = change(make_sample(0, SPEC))
-    with pytest.raises(BadLabelError, match=f"sample {sample.key}: {message}"):
+    with pytest.raises(BadLabelError, match=f"sample {sample.key}: {message}") as error:
         sample.check(SPEC)
+    finer = [kind for kind, problem in FINER.items() if re.search(problem, str(error.value))]
+    assert [error.type] == (finer or [BadLabelError])
+
+
+def test_stored_labels_may_differ_by_their_rounding_and_no_more() -> None:
+    """Row 3's response token is the last of its top-k, with a log-prob that differs a little."""
+    sample = make_sample(0, SPEC)
+    response, token_logprob = sample.response_ids_R.copy(), sample.token_logprob_N.copy()
+    response[3] = sample.topk_ids_NK[3, -1]
+    # 2e-3 nat is what capture may differ by; the rounding comes on top
+    token_logprob[3] = sample.topk_logprobs_NK[3, -1] + 2e-3 + 1 / 1024
+    moved = replace(sample, response_ids_R=response, token_logprob_N=token_logprob)
+    moved.check(SPEC, stored=True)
+    with pytest.raises(BadLabelError, match="differs from the token's top-k entry"):
+        moved.check(SPEC)
+    token_logprob[3] += 1 / 512
+    with pytest.raises(BadLabelError, match="differs from the token's top-k entry"):
+        moved.check(SPEC, stored=True)
+
+
+# -- adaptive k ------------------------------------------------------------------------------------
+MASS = SPEC.model_copy(update={"kind": MassSpec(mass=0.25, cap=8)})
+"""A quarter of the probability: 1 to 4 of 100 tokens here, never 8."""
+
+
+def headed() -> LabelledSample:
+    sample = narrow(make_sample(0, SPEC), MASS)
+    assert (sample.topk_ids_NK[:, 0] >= 0).all()
+    assert (sample.topk_ids_NK[:, -1] == -1).all()
+    return sample
+
+
+def test_heads_of_varying_length_pass() -> None:
+    headed().check(MASS)
+
+
+def one_more(sample: LabelledSample) -> LabelledSample:
+    """A token in the last place of row 3, behind unused ones."""
+    return with_row("topk_ids_NK", (3, 7), 99)(sample)
+
+
+UNUSED_VIOLATIONS: dict[str, tuple[Change, str]] = {
+    "an empty head": (with_row("topk_ids_NK", 3, -1), "no token is kept at labelled position 3"),
+    "a gap": (one_more, "an unused entry stands before a used one at labelled position 3"),
+    "a log-prob without a token": (
+        with_row("topk_logprobs_NK", (3, 7), -50.0),
+        "an unused entry has a log-prob at labelled position 3",
+    ),
+    "a token without a log-prob": (
+        with_row("topk_logprobs_NK", (3, 0), -np.inf),
+        "a top-k log-prob is not finite at labelled position 3",
+    ),
+    "an id below the unused one": (with_row("topk_ids_NK", (3, 0), -2), "leaves the vocabulary"),
+}
+
+
+@pytest.mark.parametrize("violation", UNUSED_VIOLATIONS)
+def test_unused_entries_stand_last_and_hold_nothing(violation: str) -> None:
+    change, message = UNUSED_VIOLATIONS[violation]
+    with pytest.raises(BadLabelError, match=message):
+        change(headed()).check(MASS)
+
+
+def test_an_unused_entry_has_no_place_in_a_fixed_k() -> None:
+    with pytest.raises(BadLabelError):
+        headed().check(SPEC)
 
 
 def test_entropy_may_be_absent_where_it_was_not_requested() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from storage.errors import FormatError, LabelStoreError
+from storage.errors import FormatError, LabelStoreError, ShardCorruptError
 from storage.keys import sample_key
 from storage.objects import Objects
 from storage.selection import SELECTION_SCHEMA, SampleRequest, Selection, Source, load_selection
@@ -88,6 +88,29 @@ def test_other_token_ids_under_a_sample_key_are_refused(tmp_path: Path) -> None:
         load_selection(objects, key)
 
 
+def test_the_label_mask_of_a_given_response_is_kept_and_part_of_its_key(tmp_path: Path) -> None:
+    prompt_P, response_R = np.array([1, 2]), np.array([4, 5, 6])
+    mask_R = np.array([True, False, True])
+    key = sample_key(prompt_P, 0, response_ids=response_R, label_mask=mask_R)
+    masked = SampleRequest(key, 0, prompt_P, response_R, (), mask_R)
+    objects = Objects(str(tmp_path))
+    (found,) = load_selection(objects, Selection((masked,)).save(objects)).requests
+    assert found.label_mask_R is not None
+    assert found.label_mask_R.tolist() == [True, False, True]
+    assert found.is_genuine
+    assert not replace(found, label_mask_R=None).is_genuine
+
+
+def test_many_samples_take_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.selection.BATCH_SAMPLES", 3)
+    requests = tuple(request(number) for number in range(8))  # 3 + 3 + 2
+    objects = Objects(str(tmp_path))
+    key = Selection(requests).save(objects)
+    data = objects.get(f"selections/{key}.arrow")
+    assert pa.ipc.open_file(pa.py_buffer(data)).num_record_batches == 3
+    assert load_selection(objects, key).sample_keys == [r.key for r in requests]
+
+
 def test_another_schema_is_refused(tmp_path: Path) -> None:
     sink = pa.BufferOutputStream()
     schema = SELECTION_SCHEMA.remove(SELECTION_SCHEMA.get_field_index("source_id"))
@@ -95,7 +118,7 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
         pass
     objects = Objects(str(tmp_path))
     objects.create("selections/f.arrow", sink.getvalue().to_pybytes())
-    with pytest.raises(FormatError, match="does not have the schema of a selection"):
+    with pytest.raises(FormatError, match="does not have the schema of its format"):
         load_selection(objects, "f")
 
 
@@ -111,7 +134,7 @@ def test_no_flipped_bit_changes_a_selection_that_is_served(tmp_path: Path) -> No
         path.write_bytes(damaged)
         try:
             found = load_selection(objects, key)
-        except FormatError:
+        except (FormatError, ShardCorruptError):
             refused += 1
         else:
             assert found.key == key

@@ -1,7 +1,6 @@
 """A shard is read as it was written, or not at all; and anybody's Arrow reader can open it."""
 
 import random
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,27 +13,35 @@ import pyarrow as pa
 import pyarrow.dataset
 import pytest
 
-from storage.errors import FormatError, ShardCorruptError
+from storage.errors import FormatError, ShardCorruptError, WrongLabelSetError
+from storage.ipc import ArrowFile
 from storage.keys import LabelSetSpec
 from storage.samples import LabelledSample
 from storage.schema import labels_schema, samples_schema
-from storage.shard import BATCH_ROWS, ShardBytes, ShardFile, column_digest, encode_shard
+from storage.shard import BATCH_ROWS, ShardBytes, ShardReader, encode_shard
 from storage.testing import make_sample, make_spec
 
 SPEC = make_spec()
 SAMPLES = [make_sample(number, SPEC, num_tokens=3 + number % 4) for number in range(12)]
 SHARD = encode_shard(SAMPLES, SPEC)
 
-ROWS_PER_SAMPLE = 1500
-"""Two samples of this size fit a batch of 4096 rows, three do not."""
+ROWS_PER_SAMPLE = BATCH_ROWS * 3 // 8
+"""Two samples of this size fit a batch, three do not."""
 
 
-def open_labels(data: bytes, spec: LabelSetSpec = SPEC) -> ShardFile:
-    return ShardFile(data, name="store/x.labels.arrow", schema=labels_schema(spec))
+def open_labels(data: bytes, spec: LabelSetSpec = SPEC) -> ArrowFile:
+    return ArrowFile(data, name="store/x.labels.arrow", schema=labels_schema(spec))
 
 
-def open_samples(data: bytes, spec: LabelSetSpec = SPEC) -> ShardFile:
-    return ShardFile(data, name="store/x.samples.arrow", schema=samples_schema(spec))
+def open_samples(data: bytes, spec: LabelSetSpec = SPEC) -> ArrowFile:
+    return ArrowFile(data, name="store/x.samples.arrow", schema=samples_schema(spec))
+
+
+def open_shard(
+    labels: bytes, samples: bytes, batch_rows: tuple[int, ...] = SHARD.batch_rows
+) -> ShardReader:
+    files = (open_labels(labels), open_samples(samples))
+    return ShardReader(*files, SPEC, batch_rows, name="store/x")
 
 
 def long_sample(number: int, num_rows: int) -> LabelledSample:
@@ -50,7 +57,7 @@ def long_sample(number: int, num_rows: int) -> LabelledSample:
 
 @pytest.fixture(scope="module")
 def three_batches() -> ShardBytes:
-    # 5 samples of 1500 rows: 3000, 3000, 1500
+    # 5 samples: 2, 2, 1
     return encode_shard([long_sample(number, ROWS_PER_SAMPLE) for number in range(5)], SPEC)
 
 
@@ -63,21 +70,39 @@ def flipped(data: bytes, bit: int) -> bytes:
 def test_counts_are_of_samples_rows_and_response_tokens() -> None:
     # 12 samples of 3, 4, 5, 6 tokens in turn: 3 * (3 + 4 + 5 + 6) = 54
     assert (SHARD.num_samples, SHARD.num_rows, SHARD.num_tokens) == (12, 54, 54)
+    assert SHARD.batch_rows == (54,)
 
 
 def test_the_same_samples_give_the_same_bytes() -> None:
-    assert encode_shard(SAMPLES, SPEC) == SHARD
+    again = encode_shard(SAMPLES, SPEC)
+    assert (again.labels, again.samples) == (SHARD.labels, SHARD.samples)
 
 
 def test_labels_are_one_row_per_position_in_the_order_of_the_samples() -> None:
     labels = open_labels(SHARD.labels).table()
     samples = open_samples(SHARD.samples).table()
     lengths = [len(sample.response_ids_R) for sample in SAMPLES]
+    starts = (np.cumsum(lengths) - lengths).tolist()
     assert labels["sample"].to_pylist() == np.repeat(np.arange(12), lengths).tolist()
     assert labels["position"].to_pylist() == [p for length in lengths for p in range(length)]
     assert samples["sample_key"].to_pylist() == [sample.key for sample in SAMPLES]
-    assert samples["first_row"].to_pylist() == (np.cumsum(lengths) - lengths).tolist()
-    assert samples["num_rows"].to_pylist() == lengths
+    assert samples["first_row"].to_pylist() == SHARD.first_rows.tolist() == starts
+    assert samples["num_rows"].to_pylist() == samples["num_tokens"].to_pylist() == lengths
+
+
+def test_a_sample_begins_like_its_prompt_in_the_samples_file() -> None:
+    table = open_samples(SHARD.samples).table(["sample_key", "prompt_key"])
+    for row, sample in zip(table.to_pylist(), SAMPLES, strict=True):
+        assert row["prompt_key"] == sample.prompt_key
+        assert row["sample_key"][:8] == row["prompt_key"][:8]
+
+
+def test_the_schema_names_the_request_and_the_units() -> None:
+    metadata = pa.ipc.open_file(pa.py_buffer(SHARD.labels)).schema.metadata
+    assert metadata[b"distillcache.format"] == b"1"
+    assert metadata[b"distillcache.label_set"] == SPEC.key.encode()
+    assert metadata[b"distillcache.logprob_steps_per_nat"] == b"256"
+    assert LabelSetSpec.model_validate_json(metadata[b"distillcache.spec"]) == SPEC
 
 
 def test_scalars_are_stored_exactly() -> None:
@@ -95,7 +120,9 @@ def test_scalars_are_stored_exactly() -> None:
 
 def test_batches_end_where_a_sample_ends(three_batches: ShardBytes) -> None:
     batches = list(open_labels(three_batches.labels).batches())
-    assert [batch.num_rows for batch in batches] == [3000, 3000, 1500]
+    lengths = [2 * ROWS_PER_SAMPLE, 2 * ROWS_PER_SAMPLE, ROWS_PER_SAMPLE]
+    assert [batch.num_rows for batch in batches] == lengths
+    assert list(three_batches.batch_rows) == lengths
     assert [batch["sample"].unique().to_pylist() for batch in batches] == [[0, 1], [2, 3], [4]]
 
 
@@ -105,6 +132,26 @@ def test_a_sample_longer_than_a_batch_is_a_batch_of_its_own() -> None:
     assert [batch.num_rows for batch in open_labels(shard.labels).batches()] == lengths
 
 
+def test_a_batch_is_read_with_the_facts_of_its_own_samples(three_batches: ShardBytes) -> None:
+    reader = open_shard(three_batches.labels, three_batches.samples, three_batches.batch_rows)
+    rows = [[row for row, _ in reader.batch(number)] for number in range(3)]
+    assert rows == [[0, 1], [2, 3], [4]]
+    (_, found), *_ = reader.batch(2)
+    assert found.key == make_sample(4, SPEC).key
+    assert len(found.positions_N) == ROWS_PER_SAMPLE
+
+
+def test_facts_are_found_across_batches_of_the_samples_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """12 samples in batches of 5: 5, 5 and 2."""
+    monkeypatch.setattr("storage.shard.SAMPLES_BATCH_ROWS", 5)
+    shard = encode_shard(SAMPLES, SPEC)
+    assert open_samples(shard.samples).num_batches == 3
+    reader = open_shard(shard.labels, shard.samples)
+    assert [sample.key for _, sample in reader.batch(0)] == [sample.key for sample in SAMPLES]
+
+
 @pytest.mark.parametrize("columns", [["entropy"], ["topk_dq_b1", "sample"], ["token_id"]])
 def test_a_projection_holds_the_columns_that_were_asked_for(columns: list[str]) -> None:
     table = open_labels(SHARD.labels).table(columns)
@@ -112,77 +159,32 @@ def test_a_projection_holds_the_columns_that_were_asked_for(columns: list[str]) 
     assert table.equals(open_labels(SHARD.labels).table().select(columns))
 
 
-def test_a_projection_verifies_what_it_reads() -> None:
-    """The first flip that damages entropy alone: entropy is refused, its neighbour is served."""
-    whole = open_labels(SHARD.labels).table()
-    generator = random.Random(0)
-    for _ in range(1000):
-        damaged = flipped(SHARD.labels, generator.randrange(len(SHARD.labels) * 8))
-        try:
-            rank = open_labels(damaged).table(["token_rank"])
-            open_labels(damaged).table(["entropy"])
-        except FormatError:
-            continue
-        except ShardCorruptError as error:
-            if "column 'entropy'" in str(error):
-                assert rank.equals(whole.select(["token_rank"]))
-                return
-    pytest.fail("no flip of 1000 hit the entropy column")
-
-
+# -- files that do not fit -------------------------------------------------------------------------
 @pytest.mark.parametrize("file", ["labels", "samples"])
-def test_no_flipped_bit_changes_a_value_that_is_served(file: str) -> None:
+def test_no_flipped_bit_changes_a_sample_that_is_served(file: str) -> None:
     """A flip is noticed, or harmless (padding, an unused field of the IPC framing)."""
-    data: bytes = getattr(SHARD, file)
-    open_file = {"labels": open_labels, "samples": open_samples}[file]
-    whole, refused = open_file(data).table(), 0
-    generator = random.Random(0)
-    for _ in range(500):
+    files = {"labels": SHARD.labels, "samples": SHARD.samples}
+    whole = [repr(sample) for _, sample in open_shard(**files).batch(0)]
+    generator, refused = random.Random(0), 0
+    for _ in range(200):
+        damaged = flipped(files[file], generator.randrange(len(files[file]) * 8))
         try:
-            found = open_file(flipped(data, generator.randrange(len(data) * 8))).table()
+            found = open_shard(**{**files, file: damaged}).batch(0)
         except (ShardCorruptError, FormatError):
             refused += 1
         else:
-            assert found.equals(whole)
-    assert refused > 250
-
-
-def test_a_batch_in_the_place_of_another_is_refused(three_batches: ShardBytes) -> None:
-    """The footer lists offsets of batches; here the second one points to the first batch.
-
-    Both hold 3000 rows, so neither counts nor column checksums could tell.
-    """
-    data = three_batches.labels
-    # the file ends with footer, its size in 4 bytes and the 6 bytes ARROW1
-    footer_size = int.from_bytes(data[-10:-6], "little")
-    footer = data[-10 - footer_size : -10]
-    # 8 bytes of magic, then the schema: a marker and a size of 4 bytes each, then so many bytes
-    first_batch = 16 + int.from_bytes(data[12:16], "little")
-    start = footer.index(first_batch.to_bytes(8, "little"))
-    # a block is 24 bytes: int64 offset, int32 size of the header, padding, int64 size of the body
-    first, second = footer[start : start + 24], footer[start + 24 : start + 48]
-    swapped = footer.replace(second, first)
-    labels = open_labels(data[: -10 - footer_size] + swapped + data[-10:])
-    assert labels.batch(0).num_rows == 3000
-    with pytest.raises(ShardCorruptError, match="batch 0 stands where batch 1 should"):
-        labels.batch(1)
-
-
-@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_file_is_refused(kept: float) -> None:
-    with pytest.raises(ShardCorruptError, match=r"x\.labels\.arrow is not a complete Arrow IPC"):
-        open_labels(SHARD.labels[: int(kept * len(SHARD.labels))])
-
-
-def test_one_missing_byte_is_a_truncation() -> None:
-    with pytest.raises(ShardCorruptError, match="not a complete Arrow IPC file"):
-        open_labels(SHARD.labels[:-1])
+            assert [repr(sample) for _, sample in found] == whole
+    assert refused > 100
 
 
 def test_the_file_of_another_label_set_is_refused() -> None:
-    """Same columns and k; only the key in the schema's metadata differs."""
-    with pytest.raises(FormatError, match=r"does not have the schema of format 0.*wanted"):
-        open_labels(SHARD.labels, make_spec(seed=1))
+    """Same columns and k; only the request in the schema's metadata differs."""
+    other = make_spec(seed=1)
+    with pytest.raises(FormatError):
+        open_labels(SHARD.labels, other)
+    renamed = labels_schema(SPEC).metadata | {b"distillcache.label_set": other.key.encode()}
+    with pytest.raises(WrongLabelSetError, match=f"belongs to label set .*{SPEC.key}"):
+        ArrowFile(SHARD.labels, name="x", schema=labels_schema(SPEC).with_metadata(renamed))
 
 
 def test_the_other_file_of_the_same_shard_is_refused() -> None:
@@ -190,39 +192,22 @@ def test_the_other_file_of_the_same_shard_is_refused() -> None:
         open_labels(SHARD.samples)
 
 
-def test_a_file_without_checksums_is_refused() -> None:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, labels_schema(SPEC)) as writer:
-        writer.write_table(open_labels(SHARD.labels).table().cast(labels_schema(SPEC)))
-    with pytest.raises(ShardCorruptError, match="batch 0 is unreadable"):
-        open_labels(sink.getvalue().to_pybytes()).table()
+@pytest.mark.parametrize("batch_rows", [(), (53,), (55,), (27, 27)])
+def test_batches_of_other_lengths_than_recorded_are_refused(batch_rows: tuple[int, ...]) -> None:
+    with pytest.raises(ShardCorruptError, match="its record says"):
+        open_shard(SHARD.labels, SHARD.samples, batch_rows).batch(0)
 
 
-@pytest.mark.parametrize(
-    "column",
-    [
-        pa.array([1, 2, 3], pa.int32()),
-        pa.array([1.5, 2.5, -0.5], pa.float32()),
-        pa.array(["a", None, "\u00e9"]),
-        pa.array([True, False, None]),
-        pa.array([[1, 2], None, []], pa.list_(pa.int32())),
-        pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.uint8(), 2)),
-    ],
-    ids=lambda column: str(column.type),
-)
-def test_a_column_digest_is_of_values_not_of_buffers(column: pa.Array) -> None:
-    padded = pa.concat_arrays([column, column]).slice(len(column))
-    assert column_digest(padded) == column_digest(column)
-    assert column_digest(column.slice(1)) != column_digest(column)
-    assert column_digest(column.take(pa.array([1, 0, 2]))) != column_digest(column)
+def test_a_samples_file_with_fewer_samples_is_refused() -> None:
+    shorter = encode_shard(SAMPLES[:-1], SPEC)
+    with pytest.raises(ShardCorruptError, match="has rows of sample 11, which the samples file"):
+        open_shard(SHARD.labels, shorter.samples).batch(0)
 
 
-def test_equal_bytes_of_another_split_have_another_digest() -> None:
-    assert column_digest(pa.array(["ab", "c"])) != column_digest(pa.array(["a", "bc"]))
-    lists = pa.list_(pa.int32())
-    assert column_digest(pa.array([[1], [2, 3]], lists)) != column_digest(
-        pa.array([[1, 2], [3]], lists)
-    )
+def test_a_samples_file_of_other_lengths_is_refused() -> None:
+    shifted = encode_shard(SAMPLES[1:] + SAMPLES[:1], SPEC)
+    with pytest.raises(ShardCorruptError, match="has 3 label rows, its samples file says 4"):
+        open_shard(SHARD.labels, shifted.samples).batch(0)
 
 
 # -- readers that know nothing of us ---------------------------------------------------------------
@@ -273,13 +258,3 @@ def test_other_readers_open_the_samples_file(tmp_path: Path) -> None:
     assert pl.read_ipc(path)["sample_key"].to_list() == expected
     assert pd.read_feather(path)["sample_key"].tolist() == expected
     assert pd.read_feather(path)["prompt_ids"][3].tolist() == SAMPLES[3].prompt_ids_P.tolist()
-
-
-def test_the_examples_of_the_format_document_hold() -> None:
-    """They are plain Python with assertions, read from top to bottom."""
-    text = (Path(__file__).resolve().parents[3] / "docs" / "format.md").read_text()
-    examples = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    assert len(examples) == 4
-    names: dict[str, object] = {}
-    for example in examples:
-        exec(example, names)  # our own document

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from storage.errors import BadLabelError
-from storage.keys import TopKSpec
+from storage.errors import BadLabelError, NotFiniteError, UnsortedError, VocabularyError
+from storage.keys import MassSpec, TopKSpec
 from storage.labels import LABEL_KINDS
 from storage.labels.topk import MAX_STEPS, TopK
 
@@ -52,7 +52,7 @@ def test_ids_survive_at_every_byte_boundary(token_id: int) -> None:
 
 @pytest.mark.parametrize("token_id", [-1, 2**20])
 def test_ids_outside_the_largest_vocabulary_are_refused(token_id: int) -> None:
-    with pytest.raises(BadLabelError, match=r"top-k ids must lie in \[0, 1048576\)"):
+    with pytest.raises(VocabularyError, match=r"top-k ids must lie in \[0, 1048576\)"):
         round_trip(np.array([[token_id]]), np.array([[-0.5]]))
 
 
@@ -65,7 +65,7 @@ def test_one_token_per_position_is_enough() -> None:
 
 
 def test_rows_that_are_not_sorted_are_refused() -> None:
-    with pytest.raises(BadLabelError, match="sorted, likeliest first"):
+    with pytest.raises(UnsortedError, match="sorted, likeliest first"):
         round_trip(np.array([[1, 2]]), np.array([[-2.0, -1.0]]))
 
 
@@ -106,3 +106,37 @@ def test_columns_are_plain_fixed_lists_of_bytes_without_nulls() -> None:
     ]
     assert {field.type for field in fields} == {pa.list_(pa.uint8(), 5)}
     assert not any(field.nullable for field in fields)
+
+
+def test_a_logprob_that_is_no_number_is_refused() -> None:
+    with pytest.raises(NotFiniteError, match="NaN"):
+        round_trip(np.array([[1, 2]]), np.array([[-1.0, np.nan]]))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4, 1), (4,)])
+def test_arrays_of_another_width_are_refused(shape: tuple[int, ...]) -> None:
+    kind = TopK(TopKSpec(k=2))
+    with pytest.raises(BadLabelError, match=r"must have the shape \[N, 2\]"):
+        kind.encode(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+
+
+def test_decoded_arrays_are_ones_that_torch_takes_without_a_copy() -> None:
+    for array in round_trip(np.array([[1]]), np.array([[-1.0]])):
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+        assert array.flags.aligned
+
+
+def test_rows_keep_k_tokens_or_all_there_are() -> None:
+    kind = TopK(TopKSpec(k=2))
+    assert kind.head_sizes(np.zeros((3, 5), np.float32)).tolist() == [2, 2, 2]
+    assert kind.head_sizes(np.zeros((1, 1), np.float32)).tolist() == [1]
+
+
+def test_the_top_k_covers_every_narrower_head() -> None:
+    kind = TopK(TopKSpec(k=8))
+    assert kind.covers(TopKSpec(k=8))
+    assert kind.covers(TopKSpec(k=1))
+    assert not kind.covers(TopKSpec(k=9))
+    assert kind.covers(MassSpec(cap=8))
+    assert not kind.covers(MassSpec(cap=9))

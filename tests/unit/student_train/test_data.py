@@ -15,6 +15,7 @@ from storage.samples import LabelledSample
 from storage.selection import SampleRequest, Selection
 from storage.store import LabelStore
 from storage.tail import LOG_ZERO
+from storage.testing import make_spec
 from student_train.config import BatchConfig, LabelSource
 from student_train.data import (
     LabelReader,
@@ -254,5 +255,27 @@ def test_a_selection_with_samples_that_were_never_labelled_is_refused(
     prompt_P = np.array([1, 2, 3], np.int32)
     requests = (SampleRequest(sample_key(prompt_P, 0), 0, prompt_P, None, ()),)
     selection = Selection(requests).save(store.objects)
-    with pytest.raises(NotLabelledError, match=r"lacks 1 of 1 samples .*distill label"):
+    with pytest.raises(NotLabelledError, match=r"for 1 of 1 samples .*distill label"):
         LabelReader(labels.model_copy(update={"selection": selection}))
+
+
+def test_labels_of_a_larger_k_serve_a_smaller_one(
+    labels: LabelSource, samples: list[LabelledSample]
+) -> None:
+    """The set that is named holds nothing; another one holds more than it asks for."""
+    spec = make_spec(k=3, vocab_size=40)
+    LabelStore(labels.store).create(spec, {})
+    reader = LabelReader(labels.model_copy(update={"label_set": spec.key}))
+    assert reader.num_rows.tolist() == [2, 3, 4, 5, 6, 7]
+    (found,) = reader.read([2])
+    assert found.topk_ids_NK.tolist() == samples[2].topk_ids_NK[:, :3].tolist()
+    # what the dropped tokens held is in the tail
+    mass_N = np.exp(found.topk_logprobs_NK).sum(axis=1) + np.exp(found.log_tail_mass_N)
+    np.testing.assert_allclose(mass_N, 1, atol=0.01)  # log-probs are stored to 1/512 nat
+
+
+def test_labels_of_a_smaller_k_do_not_serve_a_larger_one(labels: LabelSource) -> None:
+    spec = make_spec(k=9, vocab_size=40)
+    LabelStore(labels.store).create(spec, {})
+    with pytest.raises(NotLabelledError, match="for 6 of 6 samples"):
+        LabelReader(labels.model_copy(update={"label_set": spec.key}))

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from storage.errors import ConfigError
+from storage.keys import MassSpec
+from storage.store import LabelStore
+from storage.testing import make_spec
 from student_train.config import LabelSource
 from student_train.data import LabelReader
 from student_train.errors import PreflightError
@@ -81,3 +84,14 @@ def test_a_context_of_exactly_the_longest_sample_fits(
 ) -> None:
     student = save_student(tmp_path / "student", max_position_embeddings=13)
     check(student, save_student(tmp_path / "teacher"), labels)
+
+
+def test_labels_with_a_varying_number_of_tokens_are_refused(
+    tmp_path: Path, save_student: SaveStudent, labels: LabelSource
+) -> None:
+    kind = MassSpec(mass=0.9, cap=4)
+    spec = make_spec(vocab_size=40).model_copy(update={"kind": kind})
+    LabelStore(labels.store).create(spec, {})  # its labels come from the top-8 set
+    student = save_student(tmp_path / "student")
+    with pytest.raises(PreflightError, match=r"kind 'mass'.* use a label set of kind topk"):
+        check(student, student, labels.model_copy(update={"label_set": spec.key}))

@@ -9,9 +9,10 @@ import pytest
 
 from storage.errors import BadLabelError
 from storage.keys import LabelSetSpec
+from storage.label_set import LabelSet
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
-from storage.store import LabelSet, LabelStore
+from storage.store import LabelStore
 from teacher_server.backends.base import TeacherJob
 from teacher_server.backends.fake import FakeBackend
 from teacher_server.config import FakeBackendConfig
@@ -72,9 +73,9 @@ def test_samples_are_committed_in_groups(
     spec: LabelSetSpec, label_set: LabelSet, requests: list[SampleRequest]
 ) -> None:
     list(run(teacher(spec), requests, label_set))
-    sizes = [record.shards[0].num_samples for record in label_set.refresh()]
+    sizes = [record.num_samples for record in label_set.log.singles()]
     assert sizes == [3, 3, 1]
-    assert label_set.missing(r.key for r in requests) == []
+    assert label_set.missing([r.key for r in requests]) == []
 
 
 def test_progress_tells_what_is_finished_and_what_is_durable(
@@ -93,7 +94,7 @@ def test_the_engine_is_recorded_with_every_commit(
     spec: LabelSetSpec, label_set: LabelSet, requests: list[SampleRequest]
 ) -> None:
     list(run(teacher(spec), requests[:1], label_set))
-    (record,) = label_set.refresh()
+    (record,) = label_set.log.singles()
     assert record.provenance["host"] == "h"
     assert record.provenance["backend"] == "fake"
 
@@ -104,7 +105,7 @@ def test_what_was_committed_survives_a_teacher_that_dies(
     with pytest.raises(RuntimeError, match="the teacher died"):
         list(run(teacher(spec, dies_at=5), requests, label_set))
     # five were finished, a group of three of them committed
-    assert label_set.missing(r.key for r in requests) == [r.key for r in requests[3:]]
+    assert label_set.missing([r.key for r in requests]) == [r.key for r in requests[3:]]
 
 
 def test_the_next_run_labels_only_what_is_missing(
@@ -112,7 +113,7 @@ def test_the_next_run_labels_only_what_is_missing(
 ) -> None:
     with pytest.raises(RuntimeError, match="the teacher died"):
         list(run(teacher(spec, dies_at=5), requests, label_set))
-    missing = set(label_set.missing(r.key for r in requests))
+    missing = set(label_set.missing([r.key for r in requests]))
     backend = teacher(spec)
     list(run(backend, [r for r in requests if r.key in missing], label_set))
     assert backend.forward_tokens == 4 * 10
@@ -124,7 +125,7 @@ def test_an_interrupted_run_ends_with_the_same_labels(
 ) -> None:
     with pytest.raises(RuntimeError, match="the teacher died"):
         list(run(teacher(spec, dies_at=4), requests, label_set))
-    missing = set(label_set.missing(r.key for r in requests))
+    missing = set(label_set.missing([r.key for r in requests]))
     list(run(teacher(spec), [r for r in requests if r.key in missing], label_set))
     whole = LabelStore(str(tmp_path / "other"), create=True).create(spec, {})
     list(run(teacher(spec), requests, whole))
@@ -153,4 +154,4 @@ def test_samples_that_another_worker_committed_are_not_stored_twice(
 
 def test_no_requests_commit_nothing(spec: LabelSetSpec, label_set: LabelSet) -> None:
     assert list(run(teacher(spec), [], label_set)) == [LabelProgress(0, 0, 0, 0)]
-    assert label_set.refresh() == []
+    assert list(label_set.log.singles()) == []

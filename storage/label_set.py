@@ -1,0 +1,378 @@
+"""One label set: all samples that share a label set key; always open for more.
+
+Layout below ``label_sets/<label set key>/`` (``docs/format.md`` section 1)::
+
+    spec.json                                   the request it answers
+    commits/00000001.json                       the history, and its summaries:
+    merged/00000001-00000032.json
+    index/<name>.arrow                          which samples, and where
+    shards/<name>.labels.arrow, <name>.samples.arrow
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from storage.errors import NotLabelledError, ShardCorruptError
+from storage.index import INDEX_SCHEMA, Located, SampleIndex, parse_keys
+from storage.ipc import ArrowFile
+from storage.log import CommitLog
+from storage.objects import Objects
+from storage.records import FileRecord, IndexRecord, LabelSetDocument, Name, ShardRecord
+from storage.samples import LabelledSample
+from storage.schema import labels_schema, samples_schema
+from storage.shard import ShardReader
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from storage.records import CommitRecord
+    from storage.sidecar import Sidecar, SidecarSpec
+    from storage.verify import Problem
+    from storage.writer import LabelWriter
+
+Answer = TypeVar("Answer")
+
+HELD_BYTES = 2**28
+"""Decoded label batches that a reader keeps, so that a shuffled order does not decode each
+sample's anew."""
+
+HELD_SHARDS = 16
+"""Open shards that a reader keeps."""
+
+WHOLE_BYTES = 2**23
+"""Remote files up to this size are fetched in one request; of larger ones only what is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSetTotals:
+    """Sizes of a label set; each sample counted once."""
+
+    num_commits: int
+    num_shards: int
+    num_samples: int
+    num_tokens: int
+    """Response tokens."""
+    num_rows: int
+    """Labelled positions."""
+    num_bytes: int
+    num_partitions: int
+
+
+class LabelSet:
+    """The samples of one label set, as of the last refresh.
+
+    Args:
+        objects: The store's objects.
+        document: The checked ``spec.json``.
+    """
+
+    def __init__(self, objects: Objects, document: LabelSetDocument) -> None:
+        self.objects = objects
+        self.document = document
+        self.spec = document.spec
+        self.key = document.key
+        self.prefix = f"label_sets/{self.key}"
+        self.partition_bits = document.partition_bits
+        self._start_over()
+        self._readers: OrderedDict[str, ShardReader] = OrderedDict()
+        self._decoded: OrderedDict[tuple[str, int], dict[int, LabelledSample]] = OrderedDict()
+        self._decoded_bytes = 0
+
+    def _start_over(self) -> None:
+        self.log = CommitLog(self.objects, self.prefix, self.key)
+        self.index = SampleIndex(self.open_index)
+        self.deleted: set[str] = set()
+        """Names that ``gc`` announced to delete."""
+        self.dropped = False
+        """Whether ``rm`` dropped the set and nothing was added since."""
+
+    # -- what is stored ---------------------------------------------------------------------------
+    def refresh(self) -> None:
+        """Take up commits that appeared since the last call.
+
+        Every question about what is missing does it; reading does it when something is.
+
+        Raises:
+            FormatError: if a record is malformed, belongs to another set or a number is missing.
+            ShardCorruptError: if a record is damaged.
+        """
+        for record in self.log.refresh():
+            self.index.add(record)
+            self.deleted.update(record.deleted)
+            if record.partition_bits is not None:
+                self.partition_bits = record.partition_bits
+            self.dropped = record.dropped or (self.dropped and not record.shards)
+
+    def contains(self, keys: Sequence[str], *, fresh: bool = True) -> npt.NDArray[np.bool_]:
+        """bool[N]: which of the sample keys are stored; opens no shard.
+
+        Args:
+            keys: N sample keys.
+            fresh: Look for new commits first.
+        """
+        parsed = parse_keys(keys)
+        return self.ask(lambda index: index.contains(parsed), fresh=fresh)
+
+    def ask(self, question: Callable[[SampleIndex], Answer], *, fresh: bool = True) -> Answer:
+        """Answer from the index; its files may have been merged and deleted meanwhile.
+
+        Raises:
+            ShardCorruptError: if an index file is missing or damaged.
+        """
+        if fresh or self.log.last == 0:
+            self.refresh()
+        try:
+            return question(self.index)
+        except FileNotFoundError:
+            self._start_over()
+            self.refresh()
+        try:
+            return question(self.index)
+        except FileNotFoundError as error:
+            raise ShardCorruptError(
+                f"{error}, but it was committed: run `distill repair`"
+            ) from error
+
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """The given sample keys that are not stored, in their order."""
+        stored = self.contains(keys).tolist()
+        return [key for key, there in zip(keys, stored, strict=True) if not there]
+
+    def locate(self, keys: Sequence[str]) -> Located:
+        """Where the samples lie and how long they are; opens no shard.
+
+        Raises:
+            NotLabelledError: if a sample is not stored.
+        """
+        parsed = parse_keys(keys)
+        located = self.ask(lambda index: index.locate(parsed), fresh=False)
+        if not located.found.all():
+            located = self.ask(lambda index: index.locate(parsed))
+        if not located.found.all():
+            absent = np.flatnonzero(~located.found)
+            raise NotLabelledError(
+                f"label set {self.key} lacks {len(absent)} of {len(keys)} samples "
+                f"(the first is {keys[absent[0]]}); run `distill label` first"
+            )
+        return located
+
+    def served_from(
+        self, shard: ShardRecord, keys: Sequence[str], *, fresh: bool = False
+    ) -> npt.NDArray[np.bool_]:
+        """bool[S]: which samples of a shard are served from it, and not from an older copy.
+
+        Args:
+            shard: One of the set's shards.
+            keys: Sample keys of all S samples of the shard, in its order.
+            fresh: Look for new commits first.
+        """
+        parsed = parse_keys(keys)
+
+        def search(index: SampleIndex) -> npt.NDArray[np.bool_]:
+            entries = index.locate(parsed).entries
+            here = np.array([known.name == shard.name for known in index.shards], dtype=np.bool_)
+            served: npt.NDArray[np.bool_] = here[entries.shard]
+            served &= entries.row == np.arange(len(keys))
+            return served
+
+        return self.ask(search, fresh=fresh)
+
+    def totals(self) -> LabelSetTotals:
+        """Sizes of what is served now."""
+        self.refresh()
+        shards = self.index.live_shards
+        return LabelSetTotals(
+            num_commits=self.log.last,
+            num_shards=len(shards),
+            num_samples=sum(shard.num_samples for shard in shards),
+            num_tokens=sum(shard.num_tokens for shard in shards),
+            num_rows=sum(shard.num_rows for shard in shards),
+            num_bytes=sum(shard.num_bytes for shard in shards),
+            num_partitions=2**self.partition_bits,
+        )
+
+    # -- reading ----------------------------------------------------------------------------------
+    def read(self, keys: Sequence[str]) -> Iterator[LabelledSample]:
+        """The given samples in the given order, verified.
+
+        Random access: a sample costs the decoding of its record batch, and batches are kept for
+        their neighbours. Samples that ``compact`` moves meanwhile are found again.
+
+        Raises:
+            NotLabelledError: if a key is not stored.
+            ShardCorruptError: if the bytes differ from what was committed.
+            BadLabelError: if a label cannot be one.
+        """
+        start = 0
+        while start < len(keys):
+            entries = self.locate(keys[start:]).entries
+            shards = self.index.shards  # stays what it is if the index starts over meanwhile
+            columns = (entries.shard, entries.row, entries.first_row)
+            for number, row, first_row in zip(*(c.tolist() for c in columns), strict=True):
+                shard = shards[number]
+                try:
+                    sample = self._sample(shard, row, first_row)
+                except FileNotFoundError as error:
+                    self._require_moved(shard, error)
+                    break
+                if sample is None or sample.key != keys[start]:
+                    raise ShardCorruptError(
+                        f"shard {shard.name} of label set {self.key} does not hold sample "
+                        f"{keys[start]} where its index says; run `distill repair`"
+                    )
+                yield sample
+                start += 1
+
+    def _sample(self, shard: ShardRecord, row: int, first_row: int) -> LabelledSample | None:
+        ends = list(accumulate(shard.batch_rows))
+        number = int(np.searchsorted(ends, first_row, side="right"))
+        if number == len(ends):
+            return None
+        if (shard.name, number) not in self._decoded:
+            self._hold(shard, number)
+        self._decoded.move_to_end((shard.name, number))
+        return self._decoded[shard.name, number].get(row)
+
+    def _hold(self, shard: ShardRecord, number: int) -> None:
+        """Decode a batch; the last used ones stay in memory."""
+        self._decoded[shard.name, number] = dict(self.reader(shard).batch(number))
+        self._decoded_bytes += shard.batch_rows[number] * self.spec.kind.width * 8
+        while self._decoded_bytes > HELD_BYTES and len(self._decoded) > 1:
+            _, samples = self._decoded.popitem(last=False)
+            rows = sum(len(sample.positions_N) for sample in samples.values())
+            self._decoded_bytes -= rows * self.spec.kind.width * 8
+
+    def _require_moved(self, shard: ShardRecord, error: FileNotFoundError) -> None:
+        """A missing file is no damage if the shard was replaced meanwhile.
+
+        Raises:
+            ShardCorruptError: if it was not.
+        """
+        self.refresh()
+        if shard.name in {live.name for live in self.index.live_shards}:
+            raise ShardCorruptError(
+                f"{error}, but it was committed: {shard.num_samples} samples are lost; "
+                "run `distill repair`, then `distill label` again"
+            ) from error
+
+    def reader(self, shard: ShardRecord) -> ShardReader:
+        """An open shard; the last used ones stay open.
+
+        Raises:
+            FileNotFoundError: if one of its files does not exist.
+            ShardCorruptError: if one does not have the size of its record.
+        """
+        if shard.name not in self._readers:
+            self._readers[shard.name] = ShardReader(
+                self.open_table(shard, "labels"),
+                self.open_table(shard, "samples"),
+                self.spec,
+                shard.batch_rows,
+                name=f"{self.objects.uri}/{self.shard_path(shard.name, 'labels')}",
+            )
+            if len(self._readers) > HELD_SHARDS:
+                self._readers.popitem(last=False)
+        self._readers.move_to_end(shard.name)
+        return self._readers[shard.name]
+
+    # -- files ------------------------------------------------------------------------------------
+    def shard_path(self, name: Name, table: str) -> str:
+        """Where a table of a shard lies: ``labels`` or ``samples``."""
+        return f"{self.prefix}/shards/{name}.{table}.arrow"
+
+    def index_path(self, name: Name) -> str:
+        """Where an index file lies."""
+        return f"{self.prefix}/index/{name}.arrow"
+
+    def files(self, table: str = "labels") -> list[str]:
+        """Paths, below the store's URI, of the files that are served now: for other readers."""
+        self.refresh()
+        return [self.shard_path(shard.name, table) for shard in self.index.live_shards]
+
+    def open_table(self, shard: ShardRecord, table: str) -> ArrowFile:
+        """One of the two files of a shard."""
+        schema = labels_schema(self.spec) if table == "labels" else samples_schema(self.spec)
+        file = shard.labels if table == "labels" else shard.samples
+        return self._open(self.shard_path(shard.name, table), file, schema)
+
+    def open_index(self, record: IndexRecord, most: bool = True) -> ArrowFile:
+        """An index file.
+
+        Args:
+            record: Which.
+            most: Whether most of it will be read: then it is fetched in one request.
+
+        Raises:
+            FileNotFoundError: if it does not exist.
+            ShardCorruptError: if it does not have the size of its record.
+        """
+        return self._open(self.index_path(record.name), record.file, INDEX_SCHEMA, most=most)
+
+    def _open(
+        self, path: str, file: FileRecord, schema: pa.Schema, *, most: bool = False
+    ) -> ArrowFile:
+        name = f"{self.objects.uri}/{path}"
+        source: bytes | pa.NativeFile
+        if self.objects.root is None and (most or file.num_bytes <= WHOLE_BYTES):
+            source = self.objects.get(path)
+            size = len(source)
+        else:
+            source, size = self.objects.open(path)
+        if size != file.num_bytes:
+            raise ShardCorruptError(
+                f"{name} has {size} bytes, its commit record says {file.num_bytes}; it was "
+                "truncated or replaced: run `distill repair`"
+            )
+        return ArrowFile(source, name=name, schema=schema)
+
+    # -- everything else --------------------------------------------------------------------------
+    def scan(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """All label rows, shard after shard; see :func:`storage.export.scan`."""
+        from storage.export import scan
+
+        return scan(self, columns)
+
+    def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All label rows as one table; see :func:`storage.export.to_arrow`."""
+        from storage.export import to_arrow
+
+        return to_arrow(self, columns)
+
+    def to_datasets(self, columns: Sequence[str] | None = None) -> "Dataset":
+        """All label rows as a Hugging Face dataset; see :func:`storage.export.to_datasets`."""
+        from storage.export import to_datasets
+
+        return to_datasets(self, columns)
+
+    def sidecar(self, spec: "SidecarSpec") -> "Sidecar":
+        """Columns that somebody computed for these labels; see :mod:`storage.sidecar`."""
+        from storage.sidecar import Sidecar
+
+        return Sidecar(self, spec)
+
+    def verify(self) -> Iterator["Problem"]:
+        """What is damaged; see :func:`storage.verify.verify`."""
+        from storage.verify import verify
+
+        return verify(self)
+
+    def append(
+        self, samples: Sequence[LabelledSample], provenance: dict[str, str]
+    ) -> "CommitRecord | None":
+        """Commit new samples in one step; see :func:`storage.writer.append`."""
+        from storage.writer import append
+
+        return append(self, samples, provenance)
+
+    def writer(self, provenance: dict[str, str], *, commit_samples: int) -> "LabelWriter":
+        """A bounded buffer in front of :meth:`append`; see :class:`storage.writer.LabelWriter`."""
+        from storage.writer import LabelWriter
+
+        return LabelWriter(self, provenance, commit_samples=commit_samples)
