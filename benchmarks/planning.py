@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -168,12 +169,8 @@ def create_set(uri: str, history: History, *, grown: bool) -> LabelSet:
 @contextlib.contextmanager
 def unflushed() -> Iterator[None]:
     """Leave it to the kernel when files reach the disk: nobody pulls the plug here."""
-    original = os.fsync
-    os.fsync = lambda descriptor: None
-    try:
+    with mock.patch("os.fsync"):
         yield
-    finally:
-        os.fsync = original
 
 
 def simulate(label_set: LabelSet, history: History) -> None:

@@ -57,10 +57,6 @@ class OversizedError(ShardCorruptError):
     """A file would decompress to more than its format allows; nothing was allocated."""
 
 
-class LabelMismatchError(LabelStoreError):
-    """Stored labels exist, but for another request than the caller's."""
-
-
 class NotLabelledError(LabelStoreError):
     """A sample was asked for that no committed shard holds."""
 

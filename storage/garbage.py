@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from storage.label_set import LabelSet
-from storage.log import CommitLog
+from storage.log import CommitLog, is_dropped
 from storage.objects import Objects
 from storage.provenance import utc_now
 from storage.records import CommitRecord, Name
 from storage.writer import publish
+
+ANNOUNCED_FOLDERS = ("shards", "index")
+"""Folders of a label set whose files are named by records."""
 
 DEFAULT_GRACE = datetime.timedelta(hours=24)
 
@@ -64,13 +67,16 @@ def find_garbage(objects: Objects, key: str, grace: datetime.timedelta) -> Garba
     """
     prefix = f"label_sets/{key}"
     log = CommitLog(objects, prefix, key)
-    needed = _needed(log.walk(1))
+    records = list(log.walk(1))
+    needed = _needed(records)
     unneeded = [
         entry
-        for folder in ("shards", "index")
+        for folder in ANNOUNCED_FOLDERS
         for entry in objects.entries(f"{prefix}/{folder}")
         if _name(entry[0]) not in needed
     ]
+    if is_dropped(records):
+        unneeded += objects.entries(f"{prefix}/sidecars")
     superseded = _superseded(objects, prefix, log) if unneeded else {}
     oldest = objects.now() - grace
     paths: dict[str, int] = {}
@@ -126,14 +132,14 @@ def collect(
     """
     names = _announce(objects, garbage, provenance)
     for path, size in garbage.paths.items():
-        if "#" in path or _name(path) in names:
+        if not _is_announced(path) or _name(path) in names:
             objects.delete(path)
         advance(size)
 
 
 def _announce(objects: Objects, garbage: Garbage, provenance: dict[str, str]) -> set[Name]:
     """Say in the history which names go; returns those that nobody has committed meanwhile."""
-    names = {_name(path) for path in garbage.paths if "#" not in path}
+    names = {_name(path) for path in garbage.paths if _is_announced(path)}
     log = CommitLog(objects, f"label_sets/{garbage.label_set}", garbage.label_set)
     while True:
         records = list(log.walk(1))
@@ -160,6 +166,11 @@ def _needed(records: Iterable[CommitRecord]) -> set[Name]:
         if record.index is not None:
             needed.add(record.index.name)
     return needed
+
+
+def _is_announced(path: str) -> bool:
+    """Whether a writer might be about to commit the file; nobody commits half-written ones."""
+    return "#" not in path and path.split("/")[2] in ANNOUNCED_FOLDERS
 
 
 def _name(path: str) -> Name:

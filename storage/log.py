@@ -7,7 +7,7 @@ few documents however long the history is. Merged records are derived and may be
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 
 from storage.errors import FormatError, ShardCorruptError, WrongLabelSetError
@@ -193,3 +193,11 @@ def merge_ranges(last: int) -> Iterator[tuple[int, int]]:
     while last % span == 0:
         yield last - span + 1, last
         span *= MERGE_FACTOR
+
+
+def is_dropped(records: Iterable[CommitRecord]) -> bool:
+    """Whether the set was dropped by one of these records, and nothing was added since."""
+    dropped = False
+    for record in records:
+        dropped = record.dropped or (dropped and not record.shards)
+    return dropped

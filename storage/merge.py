@@ -9,7 +9,7 @@ from storage.durable import write_index
 from storage.errors import LabelStoreError
 from storage.index import SampleIndex, concat
 from storage.label_set import LabelSet
-from storage.log import merge_ranges
+from storage.log import is_dropped, merge_ranges
 from storage.provenance import utc_now
 from storage.records import CommitRecord, Name
 
@@ -53,7 +53,7 @@ def merge(label_set: LabelSet, first: int, last: int) -> None:
         shards=tuple(index.live_shards),
         index=write_index(label_set, entries),
         deleted=tuple(sorted({name for record in records for name in record.deleted})),
-        dropped=_is_dropped(records),
+        dropped=is_dropped(records),
         partition_bits=bits[-1] if bits else None,
         created_at=utc_now(),
         provenance=records[-1].provenance,
@@ -75,11 +75,3 @@ def _removed_before(records: list[CommitRecord]) -> tuple[Name, ...]:
         added.difference_update(record.removed)
         added.update(shard.name for shard in record.shards)
     return tuple(removed)
-
-
-def _is_dropped(records: list[CommitRecord]) -> bool:
-    """Whether the set was dropped and nothing was added since."""
-    dropped = False
-    for record in records:
-        dropped = record.dropped or (dropped and not record.shards)
-    return dropped

@@ -93,9 +93,9 @@ def _replace_record(label_set: LabelSet, number: int, provenance: dict[str, str]
         created_at=utc_now(),
         provenance={**provenance, "replaces": "a damaged record"},
     )
-    path = label_set.log.path(number, number)
-    label_set.objects.delete(path)  # an earlier replacement, damaged in its turn
-    label_set.log.create(empty, merged=True)
+    if not label_set.log.create(empty):  # it is damaged, not absent
+        label_set.objects.delete(label_set.log.path(number, number))  # damaged in its turn
+        label_set.log.create(empty, merged=True)
 
 
 def restore_spec(objects: Objects, key: str, provenance: dict[str, str]) -> LabelSetDocument:

@@ -5,6 +5,7 @@ A record batch of the labels file holds whole samples, so a single sample is rea
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +95,7 @@ def _sample_batches(
         yield pa.RecordBatch.from_pylist(rows, schema=samples_schema(spec))
 
 
-def _sample_row(sample: LabelledSample, first_row: int, num_rows: int) -> dict[str, object]:
+def _sample_row(sample: LabelledSample, first_row: int, num_rows: int) -> dict[str, Any]:
     masked = num_rows < len(sample.response_ids_R)
     return {
         "sample_key": sample.key,
@@ -178,7 +179,7 @@ class ShardReader:
 
     def _sample(
         self,
-        facts: dict[str, object],
+        facts: dict[str, Any],
         span: slice,
         scalars: dict[str, np.ndarray],
         ids_NK: np.ndarray,
@@ -191,9 +192,11 @@ class ShardReader:
                 f"{self._name}: sample {facts['sample_key']} has {len(positions_N)} label rows, "
                 f"its samples file says {facts['num_rows']}; run `distill repair`"
             )
+        if response is not None:
+            self._check_mask(facts, positions_N, scalars["token_id"][span])
         return LabelledSample(
             key=str(facts["sample_key"]),
-            sample_index=int(facts["sample_index"]),  # type: ignore[call-overload]  # int32
+            sample_index=int(facts["sample_index"]),
             prompt_ids_P=np.asarray(facts["prompt_ids"], dtype=np.int32),
             response_ids_R=scalars["token_id"][span]
             if response is None
@@ -209,7 +212,23 @@ class ShardReader:
             stop_reason=None if facts["stop_reason"] is None else str(facts["stop_reason"]),
         )
 
-    def _facts(self, rows: list[int]) -> Iterator[dict[str, object]]:
+    def _check_mask(
+        self, facts: dict[str, Any], positions_N: np.ndarray, token_ids_N: np.ndarray
+    ) -> None:
+        """Of a response that is labelled in parts, both files must tell the same."""
+        response_R, mask_R = facts["response_ids"], facts["label_mask"]
+        if (
+            mask_R is None
+            or not np.array_equal(np.flatnonzero(mask_R), positions_N)
+            or len(mask_R) != len(response_R)
+            or not np.array_equal(response_R[positions_N], token_ids_N)
+        ):
+            raise ShardCorruptError(
+                f"{self._name}: label mask or response of sample {facts['sample_key']} do not fit "
+                "its label rows; run `distill repair`"
+            )
+
+    def _facts(self, rows: list[int]) -> Iterator[dict[str, Any]]:
         """Rows of the samples file, ascending."""
         number, facts = -1, []
         for row in rows:
@@ -229,7 +248,7 @@ class ShardReader:
         )
 
 
-def _rows(batch: pa.RecordBatch) -> list[dict[str, object]]:
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     """Rows as dictionaries; lists stay numpy arrays."""
     columns = {name: _values(batch.column(name)) for name in batch.schema.names}
     return [{name: values[row] for name, values in columns.items()} for row in range(len(batch))]
