@@ -5,20 +5,22 @@ record, so a reader sees the old shards or the new ones. A step that is killed l
 that nobody looks at.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 
 from storage.index import SampleIndex
 from storage.label_set import LabelSet
-from storage.partitions import MAX_PARTITION_BITS, PARTITION_TOKENS
+from storage.partitions import MAX_PARTITION_BITS, PARTITION_TOKENS, shard_bits
 from storage.records import Name, ShardRecord
 from storage.writer import SHARD_ROWS, publish, split, write_shard
 
 SMALL_ROWS = SHARD_ROWS // 2
 """Shards with fewer label rows are put together."""
+
+MAX_REWRITES = 4
+"""Most times that one call writes a sample anew."""
 
 
 @dataclass(slots=True)
@@ -51,17 +53,19 @@ def compact(
         LabelStoreError: if the store cannot be written; finished steps stay.
     """
     done = Compacted()
-    tried: set[Name] = set()
+    rewrites: dict[Name, int] = {}
     label_set.refresh()
     wasteful = _with_copies(label_set)
     while True:
         label_set.refresh()
         bits = _grown_bits(label_set)
-        step = next(_steps(label_set, bits, wasteful, tried), None)
+        step = next(_steps(label_set, bits, wasteful, rewrites), None)
         if step is None:
             return done
-        tried.update(shard.name for shard in step)
-        _rewrite(label_set, step, bits, provenance, done)
+        times = 1 + max(rewrites.get(shard.name, 0) for shard in step)
+        written = _rewrite(label_set, step, bits, provenance, done)
+        rewrites.update(dict.fromkeys((shard.name for shard in step), MAX_REWRITES))
+        rewrites.update(dict.fromkeys(written, times))
         advance(sum(shard.num_bytes for shard in step))
 
 
@@ -75,30 +79,37 @@ def _grown_bits(label_set: LabelSet) -> int:
 
 
 def _steps(
-    label_set: LabelSet, bits: int, wasteful: set[Name], tried: set[Name]
+    label_set: LabelSet, bits: int, wasteful: set[Name], rewrites: Mapping[Name, int]
 ) -> Iterator[list[ShardRecord]]:
-    """Shards to rewrite together: with dead copies, across partitions, or small ones of one."""
-    shards = [shard for shard in label_set.index.live_shards if shard.name not in tried]
+    """Shards to rewrite together: such with dead copies, and small ones that are neighbours."""
+    shards = [s for s in label_set.index.live_shards if rewrites.get(s.name, 0) < MAX_REWRITES]
     for shard in shards:
         if shard.name in wasteful:
             yield [shard]
     small = [shard for shard in shards if shard.num_rows < SMALL_ROWS]
-    crossing = [shard for shard in small if len(shard.partition) < bits]
-    yield from _groups(crossing, at_least=1)
-    whole = sorted((s for s in small if len(s.partition) == bits), key=lambda s: s.partition)
-    for _, partition in groupby(whole, key=lambda shard: shard.partition):
-        yield from _groups(list(partition), at_least=2)
-
-
-def _groups(shards: list[ShardRecord], *, at_least: int) -> Iterator[list[ShardRecord]]:
-    """Consecutive shards that have SHARD_ROWS rows together."""
-    group: list[ShardRecord] = []
-    for shard in shards:
-        if group and sum(s.num_rows for s in group) + shard.num_rows > SHARD_ROWS:
+    for group in _groups(sorted(small, key=lambda shard: shard.partition)):
+        cut = _cut_bits(group, bits)
+        whole = all(len(shard.partition) >= cut for shard in group)
+        if not whole or len({shard.partition[:cut] for shard in group}) < len(group):
             yield group
-            group = []
+
+
+def _cut_bits(group: list[ShardRecord], bits: int) -> int:
+    """Leading bits by which the samples of some shards are cut, so that no piece is tiny."""
+    return shard_bits(sum(shard.num_tokens for shard in group), bits)
+
+
+def _groups(shards: list[ShardRecord]) -> Iterator[list[ShardRecord]]:
+    """Consecutive shards that have at most SHARD_ROWS rows together."""
+    group: list[ShardRecord] = []
+    num_rows = 0
+    for shard in shards:
+        if group and num_rows + shard.num_rows > SHARD_ROWS:
+            yield group
+            group, num_rows = [], 0
         group.append(shard)
-    if len(group) >= at_least:
+        num_rows += shard.num_rows
+    if group:
         yield group
 
 
@@ -121,10 +132,14 @@ def _rewrite(
     bits: int,
     provenance: dict[str, str],
     done: Compacted,
-) -> None:
-    """Write the served samples of some shards anew; left undone if another host was faster."""
+) -> list[Name]:
+    """Write the served samples of some shards anew; left undone if another host was faster.
+
+    Returns:
+        Names of the new shards.
+    """
     keys = [key for shard in old for key in _served_keys(label_set, shard)]
-    groups = split(list(label_set.read(keys)), bits)
+    groups = split(list(label_set.read(keys)), _cut_bits(old, bits))
     new = [write_shard(label_set, group, bits=bits) for group in groups]
     since = min(shard.since for shard in old)  # the winners of all copies stay the winners
     names = [shard.name for shard in old]
@@ -132,7 +147,7 @@ def _rewrite(
         label_set.refresh()
         alive = {shard.name for shard in label_set.index.live_shards}
         if not alive.issuperset(names) or any(n.record.name in label_set.deleted for n in new):
-            return
+            return []
         record = publish(
             label_set,
             [shard.since(since) for shard in new],
@@ -146,6 +161,7 @@ def _rewrite(
     done.shards_after += len(new)
     done.num_samples += len(keys)
     done.num_copies += sum(shard.num_samples for shard in old) - len(keys)
+    return [shard.record.name for shard in new]
 
 
 def _served_keys(label_set: LabelSet, shard: ShardRecord) -> list[str]:

@@ -86,9 +86,9 @@ def find_garbage(objects: Objects, key: str, grace: datetime.timedelta) -> Garba
             paths[path] = size
         else:
             kept += 1
-    for file, created in objects.unfinished(prefix):
-        if created <= oldest and objects.root is not None:
-            paths[str(file.relative_to(objects.root))] = file.stat().st_size
+    for path, size, created in objects.unfinished(prefix):
+        if created <= oldest:
+            paths[path] = size
     return Garbage(key, paths, kept)
 
 

@@ -122,9 +122,10 @@ def encode_index(entries: Entries) -> tuple[bytes, tuple[str, ...]]:
 
 
 class _Segment:
-    """The index file of one commit record, whose shards are numbered from ``first_shard``."""
+    """The index of the records up to ``last``, whose shards are numbered from ``first_shard``."""
 
-    def __init__(self, record: IndexRecord, first_shard: int, num_shards: int) -> None:
+    def __init__(self, record: IndexRecord, last: int, first_shard: int, num_shards: int) -> None:
+        self.last = last
         self.record, self.first_shard, self.num_shards = record, first_shard, num_shards
         self.first_hi = parse_keys(record.first_keys)[:, 0]
 
@@ -173,7 +174,9 @@ class SampleIndex:
             if number is not None:
                 self.alive[number] = False
         if record.index is not None:
-            self._segments.append(_Segment(record.index, len(self.shards), len(record.shards)))
+            self._segments.append(
+                _Segment(record.index, record.last, len(self.shards), len(record.shards))
+            )
         for shard in record.shards:
             self._number_of[shard.name] = len(self.shards)
             self.shards.append(shard)
@@ -184,22 +187,22 @@ class SampleIndex:
         """Shards that are served, in the order of their commits."""
         return [shard for shard, alive in zip(self.shards, self.alive, strict=True) if alive]
 
-    def contains(self, keys: Keys) -> Bools:
-        """bool[N]: which of the keys the set holds."""
-        return self._search(keys, whole=False).found
+    def contains(self, keys: Keys, *, after: int = 0) -> Bools:
+        """bool[N]: which of the keys the set holds, as far as records behind ``after`` know."""
+        return self._search(keys, whole=False, after=after).found
 
     def locate(self, keys: Keys) -> Located:
         """Where the keys lie."""
         return self._search(keys, whole=True)
 
-    def _search(self, keys: Keys, *, whole: bool) -> Located:
+    def _search(self, keys: Keys, *, whole: bool, after: int = 0) -> Located:
         order = np.argsort(keys[:, 0], kind="stable")
         ascending = np.ascontiguousarray(keys[order])
         alive = np.array([*self.alive, False])
         since = np.array([*(shard.since for shard in self.shards), 0])
         best = np.full(len(keys), np.iinfo(np.int64).max)
         entries = _absent(ascending)
-        for segment in self._live_segments():
+        for segment in self._live_segments(after):
             spans = list(segment.batches_of(ascending[:, 0]))
             if 2 * len(spans) > len(segment.record.first_keys):
                 self._open_file(segment, most=True)
@@ -227,10 +230,10 @@ class SampleIndex:
                 if same.any():
                     yield batch.take(same)
 
-    def _live_segments(self) -> Iterator[_Segment]:
+    def _live_segments(self, after: int = 0) -> Iterator[_Segment]:
         for segment in self._segments:
             start = segment.first_shard
-            if any(self.alive[start : start + segment.num_shards]):
+            if segment.last > after and any(self.alive[start : start + segment.num_shards]):
                 yield segment
 
     def _batch(self, segment: _Segment, number: int, *, whole: bool) -> Entries:

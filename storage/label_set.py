@@ -22,7 +22,7 @@ import pyarrow as pa
 from storage.errors import NotLabelledError, ShardCorruptError
 from storage.index import INDEX_SCHEMA, Located, SampleIndex, parse_keys
 from storage.ipc import ArrowFile
-from storage.log import CommitLog
+from storage.log import MERGE_FACTOR, CommitLog
 from storage.objects import Objects
 from storage.records import FileRecord, IndexRecord, LabelSetDocument, Name, ShardRecord
 from storage.samples import LabelledSample
@@ -45,6 +45,9 @@ sample's anew."""
 
 HELD_SHARDS = 16
 """Open shards that a reader keeps."""
+
+REREAD_RECORDS = 2 * MERGE_FACTOR
+"""Single records after which a history is read anew, in its merged form."""
 
 WHOLE_BYTES = 2**23
 """Remote files up to this size are fetched in one request; of larger ones only what is read."""
@@ -81,6 +84,8 @@ class LabelSet:
         self.prefix = f"label_sets/{self.key}"
         self.partition_bits = document.partition_bits
         self._start_over()
+        self._missed: set[str] = set()
+        self._missed_as_of = 0
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
         self._decoded: OrderedDict[tuple[str, int], dict[int, LabelledSample]] = OrderedDict()
         self._decoded_bytes = 0
@@ -103,6 +108,8 @@ class LabelSet:
             FormatError: if a record is malformed, belongs to another set or a number is missing.
             ShardCorruptError: if a record is damaged.
         """
+        if self.log.num_single > REREAD_RECORDS:  # merged by now: fewer indexes to search
+            self._start_over()
         for record in self.log.refresh():
             self.index.add(record)
             self.deleted.update(record.deleted)
@@ -141,9 +148,20 @@ class LabelSet:
             ) from error
 
     def missing(self, keys: Sequence[str]) -> list[str]:
-        """The given sample keys that are not stored, in their order."""
-        stored = self.contains(keys).tolist()
-        return [key for key, there in zip(keys, stored, strict=True) if not there]
+        """The given sample keys that are not stored, in their order.
+
+        A sample that was missing can appear in new commits only: asking again for some of the keys
+        of the last large question searches nothing else.
+        """
+        self.refresh()
+        parsed = parse_keys(keys)
+        again = len(keys) > 0 and self._missed.issuperset(keys)
+        after = self._missed_as_of if again else 0
+        stored = self.ask(lambda index: index.contains(parsed, after=after), fresh=False).tolist()
+        missing = [key for key, there in zip(keys, stored, strict=True) if not there]
+        if not again:
+            self._missed, self._missed_as_of = set(missing), self.log.last
+        return missing
 
     def locate(self, keys: Sequence[str]) -> Located:
         """Where the samples lie and how long they are; opens no shard.

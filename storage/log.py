@@ -30,6 +30,8 @@ class CommitLog:
         self._objects, self._prefix, self._key = objects, prefix, key
         self.last = 0
         """Number of the last record that was read."""
+        self.num_single = 0
+        """Records that were read one by one, although merged ones may exist by now."""
 
     def refresh(self) -> Iterator[CommitRecord]:
         """Records that appeared since the last call, oldest first.
@@ -39,8 +41,10 @@ class CommitLog:
             WrongLabelSetError: if a record belongs to another set.
             ShardCorruptError: if a record is damaged.
         """
+        late = self.last > 0
         for record in self.walk(self.last + 1):
             self.last = record.last
+            self.num_single += late
             yield record
 
     def walk(self, first: int, last: int | None = None) -> Iterator[CommitRecord]:

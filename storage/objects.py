@@ -5,12 +5,14 @@ The store needs four things of its medium: read a whole object or a range, list 
 from the environment or the provider's own chain and are never written anywhere.
 """
 
+import contextlib
 import datetime
+import os
 import re
-import uuid
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import obstore
 import pyarrow as pa
@@ -26,15 +28,15 @@ if TYPE_CHECKING:
 REMOTE_SCHEMES = ("s3://", "gs://", "az://")
 
 REMOTE_RETRY: "RetryConfig" = {
-    "max_retries": 8,
-    "retry_timeout": datetime.timedelta(seconds=60),
+    "max_retries": 1000,
+    "retry_timeout": datetime.timedelta(seconds=45),
 }
 """A lost network is reported after about a minute; shorter interruptions are not noticed."""
 
-REMOTE_CLIENT: "ClientConfig" = {"connect_timeout": "10s", "timeout": "120s"}
+REMOTE_CLIENT: "ClientConfig" = {"connect_timeout": "10s", "timeout": "60s"}
 
-READ_AHEAD_BYTES = 2**20
-"""Remote reads fetch at least this much: a request costs as much as a megabyte."""
+CLOCK = "clock"
+"""An empty object of remote stores that is written to learn the store's time."""
 
 _UNFINISHED = re.compile(r".*#\d+")
 """Names under which a local object is prepared before it appears; listings leave them out."""
@@ -54,7 +56,7 @@ class Objects:
         if uri.startswith(REMOTE_SCHEMES):
             try:
                 self._store: ObjectStore | None = from_url(
-                    uri, retry_config=REMOTE_RETRY, client_options=REMOTE_CLIENT
+                    uri, retry_config=REMOTE_RETRY, client_options=_client_options()
                 )
             except (BaseError, ValueError) as error:
                 raise StoreAccessError(f"cannot open store {uri!r}: {_reason(error)}") from error
@@ -104,8 +106,9 @@ class Objects:
             if self.root is not None:
                 file = pa.OSFile(str(self.root / path))
                 return file, file.size()
-            reader = obstore.open_reader(self._existing(), path, buffer_size=READ_AHEAD_BYTES)
-            return pa.PythonFile(_Readable(reader, f"{self.uri}/{path}"), mode="r"), reader.size
+            size = int(obstore.head(self._existing(), path)["size"])
+            ranges = _Ranges(self._existing(), path, size, f"{self.uri}/{path}")
+            return pa.PythonFile(ranges, mode="r"), size
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri}/{path} does not exist") from None
         except (BaseError, OSError) as error:
@@ -211,19 +214,24 @@ class Objects:
         Raises:
             StoreAccessError: if the store cannot be written.
         """
-        path = f"clock/{uuid.uuid4().hex}"
-        self.create_own(path, b"")
-        (_, _, modified), *_ = self.entries(path.partition("/")[0], after=path[:-1])
-        self.delete(path)
-        return modified
+        try:
+            if self.root is not None:
+                with tempfile.TemporaryFile(dir=self.root) as file:
+                    return _modified(os.fstat(file.fileno()))
+            obstore.put(self._existing(), CLOCK, b"")
+            return obstore.head(self._existing(), CLOCK)["last_modified"]
+        except (BaseError, OSError) as error:
+            raise StoreAccessError(f"cannot write to {self.uri}: {_reason(error)}") from error
 
-    def unfinished(self, prefix: str) -> Iterator[tuple[Path, datetime.datetime]]:
-        """Local files below ``prefix/`` that a killed process left half-written, with their age."""
+    def unfinished(self, prefix: str) -> Iterator[tuple[str, int, datetime.datetime]]:
+        """Local files below ``prefix/`` that are half-written: path, size in bytes and time."""
         if self.root is None:
             return
         for file in sorted((self.root / prefix).rglob("*")):
             if _UNFINISHED.fullmatch(file.name):
-                yield file, datetime.datetime.fromtimestamp(file.stat().st_mtime, datetime.UTC)
+                with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+                    found = file.stat()
+                    yield str(file.relative_to(self.root)), found.st_size, _modified(found)
 
     def directories(self, prefix: str) -> list[str]:
         """Names directly below ``prefix/`` that contain objects, sorted.
@@ -245,20 +253,34 @@ class Objects:
         return self._store
 
 
-class _Readable:
-    """obstore's reader under the names that pyarrow calls, with its errors named."""
+class _Ranges:
+    """A remote object as a file of which exactly what is read is fetched."""
 
     closed = False
 
-    def __init__(self, reader: Any, name: str) -> None:
-        self._reader, self._name = reader, name
-        self.seek, self.tell = reader.seek, reader.tell
+    def __init__(self, store: ObjectStore, path: str, size: int, name: str) -> None:
+        self._store, self._path, self._size, self._name = store, path, size, name
+        self._position = 0
 
     def read(self, size: int = -1) -> bytes:
+        rest = self._size - self._position
+        length = rest if size < 0 else min(size, rest)
+        if length <= 0:
+            return b""
         try:
-            return bytes(self._reader.read(None if size < 0 else size))
+            found = obstore.get_range(self._store, self._path, start=self._position, length=length)
         except (BaseError, OSError) as error:
             raise StoreAccessError(f"cannot read {self._name}: {_reason(error)}") from error
+        self._position += length
+        return bytes(found)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
 
     def readable(self) -> bool:
         return True
@@ -268,7 +290,16 @@ class _Readable:
 
     def close(self) -> None:
         self.closed = True
-        self._reader.close()
+
+
+def _client_options() -> "ClientConfig":
+    # options given here replace the one that the environment sets
+    allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
+    return {**REMOTE_CLIENT, "allow_http": allow_http}
+
+
+def _modified(found: os.stat_result) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(found.st_mtime, datetime.UTC)
 
 
 def _reason(error: Exception) -> str:

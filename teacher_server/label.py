@@ -40,6 +40,9 @@ def label_samples(
         BadLabelError: if a label breaks an invariant of the format; it is not written.
     """
     facts = {**provenance, **backend.describe()}
+    label_set.missing(
+        [request.key for request in requests]
+    )  # so that a commit asks new records only
     finished = response_tokens = 0
     with label_set.writer(facts, commit_samples=commit_samples) as writer:
         for sample in backend.label(requests):

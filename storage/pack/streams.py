@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+import pyarrow as pa
 import zstandard
 
 from storage.errors import LabelStoreError, WrongMagicError
@@ -16,6 +17,8 @@ from storage.files import fsync_directory
 from storage.objects import REMOTE_SCHEMES, Objects
 
 STANDARD_STREAM = "-"
+READ_BYTES = 2**23
+"""Remote archives are fetched in such pieces."""
 MAX_WINDOW_BYTES = 2**27
 """Memory that decompression may take, whatever the stream asks for."""
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -39,7 +42,8 @@ def sink(target: str) -> Iterator[IO[bytes]]:
     remote = target.startswith(REMOTE_SCHEMES)
     final = Path(target).absolute()
     try:
-        with tempfile.TemporaryDirectory(dir=None if remote else final.parent) as folder:
+        where = None if remote else final.parent
+        with tempfile.TemporaryDirectory(prefix=f".{final.name}.tmp-", dir=where) as folder:
             temporary = Path(folder) / "archive"
             with temporary.open("wb") as file:
                 yield file
@@ -99,7 +103,7 @@ def _opened(source: str) -> Iterator[Any]:
         elif source.startswith(REMOTE_SCHEMES):
             folder, _, name = source.rpartition("/")
             with Objects(folder).open(name)[0] as file:
-                yield file
+                yield pa.BufferedInputStream(file, READ_BYTES)
         else:
             with Path(source).open("rb") as file:
                 yield file

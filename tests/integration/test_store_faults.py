@@ -213,7 +213,7 @@ def test_a_collection_does_not_mind_a_commit_while_it_looks(tmp_path: Path) -> N
     faults.assert_intact(str(tmp_path), [1, 2, 3], [1, 2, 3])
 
 
-def test_a_commit_while_the_set_is_dropped_stays_visible(tmp_path: Path) -> None:
+def test_a_commit_while_the_set_is_dropped_goes_with_it_and_later_ones_stay(tmp_path: Path) -> None:
     labels = new_store(tmp_path, [[1]])
     other = LabelStore(str(tmp_path)).open(SPEC.key)
 
@@ -224,7 +224,9 @@ def test_a_commit_while_the_set_is_dropped_stays_visible(tmp_path: Path) -> None
             super().delete(path)
 
     drop(LabelSet(Raced(str(tmp_path)), labels.document), {})
-    faults.assert_intact(str(tmp_path), [2], [1, 2])
+    assert LabelStore(str(tmp_path)).keys() == []
+    other.append([sample(3)], {})
+    faults.assert_intact(str(tmp_path), [3], [1, 2, 3])
 
 
 def test_two_reads_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_what_was_read_is_reported(bench) -> None:
 def tiny_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     """24 samples of 4 tokens: partitions double while they hold more than 2 * 16 tokens."""
     monkeypatch.setattr("storage.compact.PARTITION_TOKENS", 16)
+    monkeypatch.setattr("storage.partitions.MIN_SHARD_TOKENS", 16)
 
 
 @pytest.mark.usefixtures("tiny_partitions")

@@ -164,8 +164,8 @@ def test_unfinished_writes_are_found_with_their_age(tmp_path: Path) -> None:
     half.write_bytes(b"half")
     os.utime(half, (1000, 1000))
     (tmp_path / "other#1").write_bytes(b"")
-    ((file, made),) = objects.unfinished("sets")
-    assert (file, made.timestamp()) == (half, 1000)
+    ((path, size, made),) = objects.unfinished("sets")
+    assert (path, size, made.timestamp()) == ("sets/a/y#123", 4, 1000)
 
 
 @pytest.mark.parametrize(
