@@ -299,7 +299,9 @@ def _client_options() -> "ClientConfig":
 
 
 def _modified(found: os.stat_result) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(found.st_mtime, datetime.UTC)
+    seconds, nanoseconds = divmod(found.st_mtime_ns, 10**9)
+    whole = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return whole.replace(microsecond=nanoseconds // 1000)
 
 
 def _reason(error: Exception) -> str:
