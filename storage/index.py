@@ -94,7 +94,7 @@ def parse_keys(keys: Sequence[str]) -> Keys:
         data = bytes.fromhex("".join(keys))
     except (ValueError, TypeError):
         data = b""
-    if len(data) != 16 * len(keys) or (keys and {len(key) for key in keys} != {32}):
+    if len(data) != 16 * len(keys) or (keys and set(map(len, keys)) != {32}):
         bad = next(key for key in keys if not SAMPLE_KEY.fullmatch(str(key)))
         raise BadKeyError(f"{bad!r} is no sample key: a key is 32 lower-case hex digits")
     return np.frombuffer(data, dtype=">u8").reshape(-1, 2).astype(np.uint64)
@@ -197,7 +197,7 @@ class SampleIndex:
 
     def _search(self, keys: Keys, *, whole: bool, after: int = 0) -> Located:
         order = np.argsort(keys[:, 0], kind="stable")
-        ascending = np.ascontiguousarray(keys[order])
+        ascending = np.asfortranarray(keys[order])  # halves apart, as bisection reads them
         alive = np.array([*self.alive, False])
         since = np.array([*(shard.since for shard in self.shards), 0])
         best = np.full(len(keys), np.iinfo(np.int64).max)
@@ -264,7 +264,7 @@ class SampleIndex:
         columns = INDEX_SCHEMA.names if whole else KEY_COLUMNS
         batch = self._open_file(segment, most=False).batch(number, columns)
         found = {name: batch.column(name).to_numpy() for name in columns}
-        keys = np.stack([found.pop("key_hi"), found.pop("key_lo")], axis=1)
+        keys = np.stack([found.pop("key_hi"), found.pop("key_lo")]).T
         shard = found.pop("shard")
         if not 0 <= shard.min() <= shard.max() < segment.num_shards:
             raise ShardCorruptError(
@@ -286,16 +286,30 @@ def _matches(
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
     """Numbers of asked keys, each once, and the rows of the batch that have them.
 
-    Yields once, unless several entries share their high half.
+    Bisects the longer list for every key of the shorter one.
     """
-    high = np.ascontiguousarray(batch.keys[:, 0])
-    number = np.arange(len(asked))
-    row = np.searchsorted(high, asked[:, 0], side="left")
-    while len(number):
-        inside = row < len(high)
-        number, row = number[inside], row[inside]
-        like = high[row] == asked[number, 0]
-        number, row = number[like], row[like]
-        equal = batch.keys[row, 1] == asked[number, 1]
-        yield number[equal], row[equal]
+    high = batch.keys[:, 0]
+    if len(high) < len(asked) and (high[1:] != high[:-1]).all():
+        for row, number in _pairs(batch.keys, asked):
+            yield number, row
+    else:
+        yield from _pairs(asked, batch.keys)
+
+
+def _pairs(
+    needles: Keys, haystack: Keys
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Rows of needles, each once, and the rows of an ascending haystack that equal them.
+
+    Yields once, unless rows of the haystack share their high half.
+    """
+    needle = np.arange(len(needles))
+    row = np.searchsorted(haystack[:, 0], needles[:, 0], side="left")
+    while len(needle):
+        inside = row < len(haystack)
+        needle, row = needle[inside], row[inside]
+        like = haystack[row, 0] == needles[needle, 0]
+        needle, row = needle[like], row[like]
+        equal = haystack[row, 1] == needles[needle, 1]
+        yield needle[equal], row[equal]
         row = row + 1
