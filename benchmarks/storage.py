@@ -97,7 +97,8 @@ class Labels:
     def read_samples(self) -> None:
         """Read the shard as a student does: samples, their values checked."""
         samples = ArrowFile(self.shard.samples, name="samples", schema=samples_schema(self.spec))
-        reader = ShardReader(self.file(), samples, self.spec, name="shard")
+        rows = self.shard.batch_rows
+        reader = ShardReader(self.file(), samples, self.spec, rows, name="shard")
         for number in range(len(self.shard.batch_rows)):
             reader.batch(number)
 
