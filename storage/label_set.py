@@ -260,7 +260,13 @@ class LabelSet:
 
     def _hold(self, shard: ShardRecord, number: int) -> None:
         """Decode a batch; the last used ones stay in memory."""
-        self._decoded[shard.name, number] = dict(self.reader(shard).batch(number))
+        try:
+            self._decoded[shard.name, number] = dict(self.reader(shard).batch(number))
+        except ShardCorruptError as error:
+            raise type(error)(
+                f"{error}; with it the {shard.num_samples} samples of shard {shard.name} are lost: "
+                "after `distill repair`, `distill label` asks for them again"
+            ) from error
         self._decoded_bytes += shard.batch_rows[number] * self.spec.kind.width * 8
         while self._decoded_bytes > HELD_BYTES and len(self._decoded) > 1:
             _, samples = self._decoded.popitem(last=False)
