@@ -22,7 +22,7 @@ import pyarrow as pa
 from storage.errors import NotLabelledError, ShardCorruptError
 from storage.index import INDEX_SCHEMA, Located, SampleIndex, parse_keys
 from storage.ipc import ArrowFile
-from storage.log import MERGE_FACTOR, CommitLog
+from storage.log import MERGE_FACTOR, CommitLog, is_dropped
 from storage.objects import Objects
 from storage.records import FileRecord, IndexRecord, LabelSetDocument, Name, ShardRecord
 from storage.samples import LabelledSample
@@ -55,7 +55,7 @@ WHOLE_BYTES = 2**23
 
 @dataclass(frozen=True, slots=True)
 class LabelSetTotals:
-    """Sizes of a label set; each sample counted once."""
+    """Sizes of a label set; copies that are not served count until ``compact`` drops them."""
 
     num_commits: int
     num_shards: int
@@ -115,7 +115,7 @@ class LabelSet:
             self.deleted.update(record.deleted)
             if record.partition_bits is not None:
                 self.partition_bits = record.partition_bits
-            self.dropped = record.dropped or (self.dropped and not record.shards)
+            self.dropped = is_dropped([record], before=self.dropped)
 
     def contains(self, keys: Sequence[str], *, fresh: bool = True) -> npt.NDArray[np.bool_]:
         """bool[N]: which of the sample keys are stored; opens no shard.
@@ -181,15 +181,12 @@ class LabelSet:
             )
         return located
 
-    def served_from(
-        self, shard: ShardRecord, keys: Sequence[str], *, fresh: bool = False
-    ) -> npt.NDArray[np.bool_]:
+    def served_from(self, shard: ShardRecord, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
         """bool[S]: which samples of a shard are served from it, and not from an older copy.
 
         Args:
             shard: One of the set's shards.
             keys: Sample keys of all S samples of the shard, in its order.
-            fresh: Look for new commits first.
         """
         parsed = parse_keys(keys)
 
@@ -200,7 +197,7 @@ class LabelSet:
             served &= entries.row == np.arange(len(keys))
             return served
 
-        return self.ask(search, fresh=fresh)
+        return self.ask(search, fresh=False)
 
     def totals(self) -> LabelSetTotals:
         """Sizes of what is served now."""
@@ -322,9 +319,12 @@ class LabelSet:
 
     def open_table(self, shard: ShardRecord, table: str) -> ArrowFile:
         """One of the two files of a shard."""
-        schema = labels_schema(self.spec) if table == "labels" else samples_schema(self.spec)
-        file = shard.labels if table == "labels" else shard.samples
-        return self._open(self.shard_path(shard.name, table), file, schema)
+        path = self.shard_path(shard.name, table)
+        return self._open(path, shard.file(table), self.table_schema(table))
+
+    def table_schema(self, table: str) -> pa.Schema:
+        """What a table of the set's shards must look like."""
+        return labels_schema(self.spec) if table == "labels" else samples_schema(self.spec)
 
     def open_index(self, record: IndexRecord, most: bool = True) -> ArrowFile:
         """An index file.

@@ -199,9 +199,9 @@ def merge_ranges(last: int) -> Iterator[tuple[int, int]]:
         span *= MERGE_FACTOR
 
 
-def is_dropped(records: Iterable[CommitRecord]) -> bool:
-    """Whether the set was dropped by one of these records, and nothing was added since."""
-    dropped = False
+def is_dropped(records: Iterable[CommitRecord], *, before: bool = False) -> bool:
+    """Whether the set was dropped, ``before`` or by these records, and nothing was added since."""
+    dropped = before
     for record in records:
         dropped = record.dropped or (dropped and not record.shards)
     return dropped

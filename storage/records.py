@@ -106,6 +106,10 @@ class ShardRecord(Config):
             raise ValueError(f"batch_rows must be positive and sum to {self.num_rows} rows")
         return self
 
+    def file(self, table: str) -> FileRecord:
+        """The file of a table: ``labels`` or ``samples``."""
+        return self.labels if table == "labels" else self.samples
+
     @property
     def num_bytes(self) -> int:
         """Size of both files."""

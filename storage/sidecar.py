@@ -37,10 +37,9 @@ LABEL_COLUMNS = {
 }
 """Columns that tie a row to its label, and what they are of a sample."""
 
-COLUMN_NAME = r"^[a-z][a-z0-9_]{0,62}$"
-
-
 LABEL_FIELDS = [field for field in SCALAR_FIELDS if field.name in LABEL_COLUMNS]
+
+COLUMN_NAME = r"^[a-z][a-z0-9_]{0,62}$"
 
 
 class SidecarSpec(Config):
@@ -54,7 +53,6 @@ class SidecarSpec(Config):
     @field_validator("columns")
     @classmethod
     def _columns_are_plain(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
-
         bad = [name for name in columns if not re.fullmatch(COLUMN_NAME, name)]
         if bad or list(columns) != sorted(set(columns)):
             raise ValueError(f"columns must be sorted, distinct and like {COLUMN_NAME}: {columns}")

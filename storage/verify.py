@@ -13,7 +13,6 @@ from storage.index import INDEX_SCHEMA, Entries, format_keys, parse_keys
 from storage.ipc import ArrowFile
 from storage.label_set import LabelSet
 from storage.records import CommitRecord, FileRecord, Name, ShardRecord
-from storage.schema import labels_schema, samples_schema
 from storage.shard import ShardReader
 from storage.sidecar import read_spec, spec_path
 
@@ -137,8 +136,15 @@ def check_shard(label_set: LabelSet, shard: ShardRecord) -> Entries:
     Raises:
         ShardCorruptError, FormatError, BadLabelError: naming file, batch and what is wrong.
     """
-    labels = _whole(label_set, shard, "labels", shard.labels)
-    samples = _whole(label_set, shard, "samples", shard.samples)
+    labels, samples = (
+        open_whole(
+            label_set,
+            label_set.shard_path(shard.name, table),
+            shard.file(table),
+            label_set.table_schema(table),
+        )
+        for table in ("labels", "samples")
+    )
     name = label_set.shard_path(shard.name, "labels")
     reader = ShardReader(labels, samples, label_set.spec, shard.batch_rows, name=name)
     found: list[tuple[str, str, int, int]] = []
@@ -170,11 +176,6 @@ def check_shard(label_set: LabelSet, shard: ShardRecord) -> Entries:
 def _require(condition: bool, problem: str) -> None:
     if not condition:
         raise ShardCorruptError(problem)
-
-
-def _whole(label_set: LabelSet, shard: ShardRecord, table: str, file: FileRecord) -> ArrowFile:
-    schema = labels_schema(label_set.spec) if table == "labels" else samples_schema(label_set.spec)
-    return open_whole(label_set, label_set.shard_path(shard.name, table), file, schema)
 
 
 def open_whole(label_set: LabelSet, path: str, file: FileRecord, schema: pa.Schema) -> ArrowFile:

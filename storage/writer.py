@@ -199,10 +199,10 @@ def copy_shard(source: LabelSet, shard: NewShard, target: LabelSet) -> NewShard:
     """
     old = shard.record
     name = new_name(old.labels.xxh3_128.encode())
-    for table, file in (("labels", old.labels), ("samples", old.samples)):
+    for table in ("labels", "samples"):
         path = source.shard_path(old.name, table)
         data = source.objects.get(path)
-        file.require(data, name=f"{source.objects.uri}/{path}")
+        old.file(table).require(data, name=f"{source.objects.uri}/{path}")
         write_file(target, target.shard_path(name, table), data)
     partition = common_partition(shard.entries.keys, target.partition_bits)
     return replace(shard, record=old.model_copy(update={"name": name, "partition": partition}))

@@ -76,7 +76,6 @@ def pack(
 
 
 def _committed_bytes(label_set: LabelSet, shard: ShardRecord, table: str) -> bytes:
-    file = shard.labels if table == "labels" else shard.samples
     path = label_set.shard_path(shard.name, table)
     try:
         data = label_set.objects.get(path)
@@ -85,7 +84,7 @@ def _committed_bytes(label_set: LabelSet, shard: ShardRecord, table: str) -> byt
             f"{error}: it was replaced while the set was packed, or it is lost; pack again, and "
             "run `distill verify` if that does not help"
         ) from error
-    file.require(data, name=f"{label_set.objects.uri}/{path}")
+    shard.file(table).require(data, name=f"{label_set.objects.uri}/{path}")
     return data
 
 

@@ -113,7 +113,7 @@ class _Receiver:
             )
 
     def _file(self, shard: ShardRecord, table: str, label_set: LabelSet) -> None:
-        file = shard.labels if table == "labels" else shard.samples
+        file = shard.file(table)
         member = self._next(member_name(shard, table))
         if member.size != file.num_bytes:
             raise OversizedError(

@@ -48,7 +48,7 @@ def test_a_writer_killed_at_any_system_call_of_a_publish_leaves_all_or_nothing(
     tmp_path: Path,
 ) -> None:
     if not faults.can_trace():
-        pytest.skip("needs strace, and the right to trace a child")
+        pytest.skip("needs strace and the right to trace; the next tests kill without it")
     assert faults.kill_at_every_call(str(tmp_path)) > 30
 
 
@@ -360,7 +360,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True
     )
     if mounted.returncode != 0:
-        pytest.skip("needs the right to mount a file system")
+        pytest.skip("needs the right to mount; a file size limit stands in for it, above")
     yield disk
     subprocess.run(["umount", "--lazy", disk], check=True)
 
