@@ -29,13 +29,13 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from storage.durable import write_index
+from storage.durable import write_index, write_shard_table
 from storage.index import Entries, format_keys
 from storage.label_set import LabelSet
 from storage.log import MERGE_FACTOR
-from storage.merge import MERGE_SAMPLES
 from storage.partitions import Keys, common_partition, leading_bits, shard_bits
-from storage.records import CommitRecord, FileRecord, Name, ShardRecord
+from storage.records import CommitRecord, FileRecord, MergedShards, Name, ShardRecord
+from storage.sample_index import RANGE_SAMPLES
 from storage.shard import BATCH_ROWS
 from storage.store import LabelStore
 from storage.testing import make_sample, make_spec
@@ -189,14 +189,21 @@ def simulate(label_set: LabelSet, history: History) -> None:
             added.update((shard.record.name, shard) for shard in shards)
             if span > 1:
                 (commits / f"{number:08d}.json").touch()
+        shards = tuple(shard.record for shard in added.values())
         entries = number_shards([shard.entries for shard in added.values()])
+        merged, index = None, None
+        if span > 1:
+            merged = write_merged(label_set, shards, entries)
+        elif entries is not None:
+            index = write_index(label_set, entries)
         record = CommitRecord(
             label_set=label_set.key,
             first=first,
             last=first + span - 1,
             removed=tuple(removed),
-            shards=tuple(shard.record for shard in added.values()),
-            index=write_index(label_set, entries),
+            shards=shards if span == 1 else (),
+            index=index,
+            merged_shards=merged,
             created_at="2026-01-01T00:00:00+00:00",
             provenance=FACTS,
         )
@@ -204,12 +211,25 @@ def simulate(label_set: LabelSet, history: History) -> None:
         first += span
 
 
+def write_merged(
+    label_set: LabelSet, shards: Sequence[ShardRecord], entries: Entries | None
+) -> MergedShards | None:
+    """The files of a merged record, its indexes cut as ``storage.merge`` cuts them."""
+    if entries is None:
+        return None
+    ranges = [
+        entries.take(np.arange(start, min(start + RANGE_SAMPLES, len(entries))))
+        for start in range(0, len(entries), RANGE_SAMPLES)
+    ]
+    return write_shard_table(label_set, shards, [write_index(label_set, part) for part in ranges])
+
+
 def widest_merge(first: int, history: History) -> int:
     """Records of the largest merged one that starts at ``first``; 1 if there is none."""
     span = 1
     while (first - 1) % (span * MERGE_FACTOR) == 0:
         last = first + span * MERGE_FACTOR - 1
-        if last > history.num_records or history.samples_of(first, last) > MERGE_SAMPLES:
+        if last > history.num_records:
             break
         span *= MERGE_FACTOR
     return span
@@ -360,7 +380,7 @@ def check_simulation(grown: LabelSet, history: History, folder: Path) -> None:
     """A simulated set is read in the same steps as one that grew, and tells the same."""
     simulated = create_set(str(folder / "simulated"), history, grown=False)
     steps = [
-        [(r.first, r.last, len(r.removed), len(r.shards), r.num_samples) for r in s.log.walk(1)]
+        [(r.first, r.last, len(r.removed), r.num_shards, r.num_samples) for r in s.log.walk(1)]
         for s in (grown, simulated)
     ]
     assert steps[0] == steps[1]

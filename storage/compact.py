@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from storage.index import SampleIndex
 from storage.label_set import LabelSet
 from storage.partitions import MAX_PARTITION_BITS, PARTITION_TOKENS, shard_bits
 from storage.records import Name, ShardRecord
+from storage.sample_index import SampleIndex
 from storage.writer import SHARD_ROWS, publish, split, write_shard
 
 SMALL_ROWS = SHARD_ROWS // 2
@@ -72,7 +72,7 @@ def compact(
 def _grown_bits(label_set: LabelSet) -> int:
     """Partition bits for the tokens that are stored now: doubled while partitions are too large."""
     bits = label_set.partition_bits
-    num_tokens = sum(shard.num_tokens for shard in label_set.index.live_shards)
+    num_tokens = sum(shard.num_tokens for shard in label_set.live_shards(fresh=False))
     while bits < MAX_PARTITION_BITS and num_tokens > 2 * PARTITION_TOKENS * 2**bits:
         bits += 1
     return bits
@@ -82,7 +82,9 @@ def _steps(
     label_set: LabelSet, bits: int, wasteful: set[Name], rewrites: Mapping[Name, int]
 ) -> Iterator[list[ShardRecord]]:
     """Shards to rewrite together: such with dead copies, and small ones that are neighbours."""
-    shards = [s for s in label_set.index.live_shards if rewrites.get(s.name, 0) < MAX_REWRITES]
+    shards = [
+        s for s in label_set.live_shards(fresh=False) if rewrites.get(s.name, 0) < MAX_REWRITES
+    ]
     for shard in shards:
         if shard.name in wasteful:
             yield [shard]
@@ -117,10 +119,10 @@ def _with_copies(label_set: LabelSet) -> set[Name]:
     """Shards that hold samples which are served from another one."""
 
     def search(index: SampleIndex) -> set[Name]:
-        served = np.zeros(len(index.shards), dtype=np.int64)
+        served = np.zeros(index.num_shards, dtype=np.int64)
         for entries in index.live_entries():
             served += np.bincount(entries.shard, minlength=len(served))
-        shards = zip(index.shards, index.alive, served.tolist(), strict=True)
+        shards = zip(index.shards, index.alive.tolist(), served.tolist(), strict=True)
         return {shard.name for shard, alive, count in shards if alive and count < shard.num_samples}
 
     return label_set.ask(search, fresh=False)
@@ -144,8 +146,7 @@ def _rewrite(
     since = min(shard.since for shard in old)  # the winners of all copies stay the winners
     names = [shard.name for shard in old]
     while True:
-        label_set.refresh()
-        alive = {shard.name for shard in label_set.index.live_shards}
+        alive = {shard.name for shard in label_set.live_shards()}
         if not alive.issuperset(names) or any(n.record.name in label_set.deleted for n in new):
             return []
         record = publish(

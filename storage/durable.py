@@ -1,12 +1,14 @@
 """The immutable files of a label set: created once, durable, under names nobody else uses."""
 
 import uuid
+from collections.abc import Sequence
 
 import xxhash
 
 from storage.index import Entries, encode_index
 from storage.label_set import LabelSet
-from storage.records import FileRecord, IndexRecord, Name
+from storage.records import FileRecord, IndexRecord, MergedShards, Name, ShardRecord
+from storage.shard_table import encode_shard_table, shard_table_path
 
 
 def new_name(data: bytes) -> Name:
@@ -24,11 +26,41 @@ def write_file(label_set: LabelSet, path: str, data: bytes) -> FileRecord:
     return FileRecord.of(data)
 
 
-def write_index(label_set: LabelSet, entries: Entries | None) -> IndexRecord | None:
-    """Create the index file of a record; None if there is nothing to find."""
-    if entries is None or not len(entries):
-        return None
+def write_index(label_set: LabelSet, entries: Entries) -> IndexRecord:
+    """Create an index file.
+
+    Args:
+        label_set: Where it belongs.
+        entries: Sorted by key; at least one.
+
+    Raises:
+        LabelStoreError: if the store cannot be written.
+    """
     data, first_keys = encode_index(entries)
     name = new_name(data)
     file = write_file(label_set, label_set.index_path(name), data)
     return IndexRecord(name=name, file=file, num_samples=len(entries), first_keys=first_keys)
+
+
+def write_shard_table(
+    label_set: LabelSet, shards: Sequence[ShardRecord], indexes: Sequence[IndexRecord]
+) -> MergedShards:
+    """Create the table of the shards that a merged record adds.
+
+    Args:
+        label_set: Where it belongs.
+        shards: At least one, in the order in which the indexes number them.
+        indexes: Of their samples, in key order.
+
+    Raises:
+        LabelStoreError: if the store cannot be written.
+    """
+    data = encode_shard_table(shards)
+    name = new_name(data)
+    return MergedShards(
+        name=name,
+        file=write_file(label_set, shard_table_path(label_set.prefix, name), data),
+        num_shards=len(shards),
+        num_samples=sum(shard.num_samples for shard in shards),
+        indexes=tuple(indexes),
+    )

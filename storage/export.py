@@ -52,8 +52,7 @@ def scan(label_set: "LabelSet", columns: Sequence[str] | None = None) -> Iterato
         raise LabelStoreError(
             f"label set {label_set.key} has no column {unknown[0]!r}; it has {', '.join(known)}"
         )
-    label_set.refresh()
-    for shard in label_set.index.live_shards:
+    for shard in label_set.live_shards():
         try:
             yield from _scan_shard(label_set, shard, wanted)
         except FileNotFoundError as error:

@@ -15,6 +15,7 @@ from storage.log import CommitLog, is_dropped
 from storage.objects import Objects
 from storage.provenance import utc_now
 from storage.records import CommitRecord, Name
+from storage.shard_table import names_of
 from storage.writer import publish
 
 ANNOUNCED_FOLDERS = ("shards", "index")
@@ -36,8 +37,7 @@ def drop(label_set: LabelSet, provenance: dict[str, str]) -> None:
     label_set.objects.delete(f"{label_set.prefix}/spec.json")
     record = None
     while record is None:
-        label_set.refresh()
-        names = [shard.name for shard in label_set.index.live_shards]
+        names = [shard.name for shard in label_set.live_shards()]
         record = publish(label_set, [], removed=names, dropped=True, provenance=provenance)
 
 
@@ -68,7 +68,7 @@ def find_garbage(objects: Objects, key: str, grace: datetime.timedelta) -> Garba
     prefix = f"label_sets/{key}"
     log = CommitLog(objects, prefix, key)
     records = list(log.walk(1))
-    needed = _needed(records)
+    needed = _needed(log, records)
     unneeded = [
         entry
         for folder in ANNOUNCED_FOLDERS
@@ -102,8 +102,8 @@ def _superseded(objects: Objects, prefix: str, log: CommitLog) -> dict[Name, dat
     for path, _, time in sorted(objects.entries(f"{prefix}/merged"), key=lambda entry: entry[2]):
         first, last = log.range_of(path)
         for record in _covered(log, first, last):
-            if record.index is not None:
-                since.setdefault(record.index.name, time)
+            for name in record.index_names:
+                since.setdefault(name, time)
     return since
 
 
@@ -143,7 +143,7 @@ def _announce(objects: Objects, garbage: Garbage, provenance: dict[str, str]) ->
     log = CommitLog(objects, f"label_sets/{garbage.label_set}", garbage.label_set)
     while True:
         records = list(log.walk(1))
-        names -= _needed(records)
+        names -= _needed(log, records)
         number = records[-1].last + 1 if records else 1
         record = CommitRecord(
             label_set=garbage.label_set,
@@ -157,14 +157,13 @@ def _announce(objects: Objects, garbage: Garbage, provenance: dict[str, str]) ->
             return names
 
 
-def _needed(records: Iterable[CommitRecord]) -> set[Name]:
+def _needed(log: CommitLog, records: Iterable[CommitRecord]) -> set[Name]:
     """Names of the shards and indexes that a reader of these records opens."""
     needed: set[Name] = set()
     for record in records:
         needed.difference_update(record.removed)
-        needed.update(shard.name for shard in record.shards)
-        if record.index is not None:
-            needed.add(record.index.name)
+        needed.update(names_of(log.shards(record)))
+        needed.update(record.index_names)
     return needed
 
 

@@ -315,10 +315,9 @@ class _PartialFile:
         """Make the bytes from ``start`` to ``stop`` available."""
         if self._source is None or start == stop:
             return
-        found = self._source.read_at(stop - start, start)
-        if len(found) != stop - start:
+        self._source.seek(start)
+        if self._source.readinto(self._view[start:stop]) != stop - start:
             raise ShardCorruptError(f"{self._name} ends while it is read; {REMEDY}")
-        self._bytes[start:stop] = np.frombuffer(found, np.uint8)
 
     def fetch_parts(self, parts: Iterable["_Part"]) -> None:
         """Fetch many parts, neighbours together."""

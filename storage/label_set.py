@@ -6,6 +6,7 @@ Layout below ``label_sets/<label set key>/`` (``docs/format.md`` section 1)::
     commits/00000001.json                       the history, and its summaries:
     merged/00000001-00000032.json
     index/<name>.arrow                          which samples, and where
+    index/<name>.shards.arrow                   the shards of a merged record
     shards/<name>.labels.arrow, <name>.samples.arrow
 """
 
@@ -20,11 +21,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from storage.errors import NotLabelledError, ShardCorruptError
-from storage.index import INDEX_SCHEMA, Located, SampleIndex, parse_keys
+from storage.index import INDEX_SCHEMA, parse_keys
 from storage.ipc import ArrowFile
 from storage.log import MERGE_FACTOR, CommitLog, is_dropped
 from storage.objects import Objects
 from storage.records import FileRecord, IndexRecord, LabelSetDocument, Name, ShardRecord
+from storage.sample_index import Located, SampleIndex
 from storage.samples import LabelledSample
 from storage.schema import labels_schema, samples_schema
 from storage.shard import ShardReader
@@ -92,7 +94,7 @@ class LabelSet:
 
     def _start_over(self) -> None:
         self.log = CommitLog(self.objects, self.prefix, self.key)
-        self.index = SampleIndex(self.open_index)
+        self.index = SampleIndex(self.open_index, self.log.shards)
         self.deleted: set[str] = set()
         """Names that ``gc`` announced to delete."""
         self.dropped = False
@@ -192,17 +194,20 @@ class LabelSet:
 
         def search(index: SampleIndex) -> npt.NDArray[np.bool_]:
             entries = index.locate(parsed).entries
-            here = np.array([known.name == shard.name for known in index.shards], dtype=np.bool_)
-            served: npt.NDArray[np.bool_] = here[entries.shard]
-            served &= entries.row == np.arange(len(keys))
+            here = [n for n in set(entries.shard.tolist()) if index.shard(n).name == shard.name]
+            rows = np.arange(len(keys))
+            served: npt.NDArray[np.bool_] = np.isin(entries.shard, here) & (entries.row == rows)
             return served
 
         return self.ask(search, fresh=False)
 
+    def live_shards(self, *, fresh: bool = True) -> list[ShardRecord]:
+        """Shards that are served, in the order of their commits; ``fresh`` as in ``contains``."""
+        return self.ask(lambda index: index.live_shards, fresh=fresh)
+
     def totals(self) -> LabelSetTotals:
         """Sizes of what is served now."""
-        self.refresh()
-        shards = self.index.live_shards
+        shards = self.live_shards()
         return LabelSetTotals(
             num_commits=self.log.last,
             num_shards=len(shards),
@@ -228,10 +233,10 @@ class LabelSet:
         start = 0
         while start < len(keys):
             entries = self.locate(keys[start:]).entries
-            shards = self.index.shards  # stays what it is if the index starts over meanwhile
+            index = self.index  # stays what it is if the set starts over meanwhile
             columns = (entries.shard, entries.row, entries.first_row)
             for number, row, first_row in zip(*(c.tolist() for c in columns), strict=True):
-                shard = shards[number]
+                shard = index.shard(number)
                 try:
                     sample = self._sample(shard, row, first_row)
                 except FileNotFoundError as error:
@@ -276,8 +281,7 @@ class LabelSet:
         Raises:
             ShardCorruptError: if it was not.
         """
-        self.refresh()
-        if shard.name in {live.name for live in self.index.live_shards}:
+        if shard.name in {live.name for live in self.live_shards()}:
             raise ShardCorruptError(
                 f"{error}, but it was committed: {shard.num_samples} samples are lost; "
                 "run `distill repair`, then `distill label` again"
@@ -314,8 +318,7 @@ class LabelSet:
 
     def files(self, table: str = "labels") -> list[str]:
         """Paths, below the store's URI, of the files that are served now: for other readers."""
-        self.refresh()
-        return [self.shard_path(shard.name, table) for shard in self.index.live_shards]
+        return [self.shard_path(shard.name, table) for shard in self.live_shards()]
 
     def open_table(self, shard: ShardRecord, table: str) -> ArrowFile:
         """One of the two files of a shard."""

@@ -7,14 +7,15 @@ few documents however long the history is. Merged records are derived and may be
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 
 from storage.errors import FormatError, ShardCorruptError, WrongLabelSetError
 from storage.objects import Objects
-from storage.records import CommitRecord, parse, to_json
+from storage.records import CommitRecord, ShardRecord, parse, to_json
+from storage.shard_table import read_shard_table
 
-MERGE_FACTOR = 32
+MERGE_FACTOR = 16
 
 
 class CommitLog:
@@ -131,6 +132,17 @@ class CommitLog:
             raise FormatError(f"{self._objects.uri}/{self.path(first, last)} has vanished")
         return record
 
+    def shards(self, record: CommitRecord) -> Sequence[ShardRecord]:
+        """The shards that a record adds.
+
+        Raises:
+            FileNotFoundError: if the table of a merged record does not exist.
+            ShardCorruptError: if it is damaged.
+        """
+        if record.merged_shards is None:
+            return record.shards
+        return read_shard_table(self._objects, self._prefix, record.merged_shards)
+
     @staticmethod
     def range_of(path: str) -> tuple[int, int]:
         """First and last number of the merged record at a path."""
@@ -203,5 +215,5 @@ def is_dropped(records: Iterable[CommitRecord], *, before: bool = False) -> bool
     """Whether the set was dropped, ``before`` or by these records, and nothing was added since."""
     dropped = before
     for record in records:
-        dropped = record.dropped or (dropped and not record.shards)
+        dropped = record.dropped or (dropped and not record.num_shards)
     return dropped

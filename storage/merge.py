@@ -1,20 +1,19 @@
-"""Merged records: the sum of many commit records, with one index for all of their samples."""
+"""Merged records: the sum of many commit records, with few large indexes for all their samples."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from storage.durable import write_index
+from storage.durable import write_index, write_shard_table
 from storage.errors import LabelStoreError
-from storage.index import SampleIndex, concat
 from storage.label_set import LabelSet
 from storage.log import is_dropped, merge_ranges
 from storage.provenance import utc_now
-from storage.records import CommitRecord, Name
-
-MERGE_SAMPLES = 2**22
-"""Most samples of a merged index: sorting them takes about half a gigabyte."""
+from storage.records import CommitRecord, MergedShards, Name
+from storage.sample_index import SampleIndex
+from storage.shard_table import names_of
 
 
 def merge_due(label_set: LabelSet, last: int) -> None:
@@ -28,30 +27,19 @@ def merge_due(label_set: LabelSet, last: int) -> None:
 
 
 def merge(label_set: LabelSet, first: int, last: int) -> None:
-    """Sum up the records ``first`` to ``last`` in one.
+    """Sum up the records ``first`` to ``last`` in one, a range of keys after the other.
 
     Raises:
         LabelStoreError: if a record or an index cannot be read, or the result not be written.
     """
     records = list(label_set.log.walk(first, last))
-    if sum(r.index.num_samples for r in records if r.index is not None) > MERGE_SAMPLES:
-        return
-    index = SampleIndex(label_set.open_index)
-    for record in records:
-        index.add(record)
-    parts = list(index.live_entries())
-    entries = concat(parts) if parts else None
-    if entries is not None:
-        place = np.cumsum(index.alive, dtype=np.int32) - 1
-        entries = replace(entries, shard=place[entries.shard]).sorted()
     bits = [r.partition_bits for r in records if r.partition_bits is not None]
     merged = CommitRecord(
         label_set=label_set.key,
         first=first,
         last=last,
-        removed=_removed_before(records),
-        shards=tuple(index.live_shards),
-        index=write_index(label_set, entries),
+        removed=_removed_before(label_set, records),
+        merged_shards=merge_shards(label_set, records),
         deleted=tuple(sorted({name for record in records for name in record.deleted})),
         dropped=is_dropped(records),
         partition_bits=bits[-1] if bits else None,
@@ -60,18 +48,34 @@ def merge(label_set: LabelSet, first: int, last: int) -> None:
     )
     label_set.log.create(merged, merged=True)
     try:
-        if merged.index is not None:
-            label_set.open_index(merged.index).close()
-    except FileNotFoundError:  # gc took it for a leftover, before the record was there
+        label_set.log.shards(merged)
+        for index in merged.indexes:
+            label_set.open_index(index).close()
+    except FileNotFoundError:  # gc took one for a leftover, before the record was there
         label_set.objects.delete(label_set.log.path(first, last))
 
 
-def _removed_before(records: list[CommitRecord]) -> tuple[Name, ...]:
+def merge_shards(label_set: LabelSet, records: Sequence[CommitRecord]) -> MergedShards | None:
+    """Write what is left of the shards that some records add; None if nothing is."""
+    index = SampleIndex(label_set.open_index, label_set.log.shards)
+    for record in records:
+        index.add(record)
+    place = np.cumsum(index.alive, dtype=np.int32) - np.int32(1)
+    indexes = [
+        write_index(label_set, replace(entries, shard=place[entries.shard]))
+        for entries in index.live_entries()
+    ]
+    return write_shard_table(label_set, index.live_shards, indexes) if indexes else None
+
+
+def _removed_before(label_set: LabelSet, records: Sequence[CommitRecord]) -> tuple[Name, ...]:
     """Shards that the records remove and did not add themselves."""
+    if not any(record.removed for record in records):
+        return ()
     added: set[Name] = set()
     removed: dict[Name, None] = {}
     for record in records:
         removed.update((name, None) for name in record.removed if name not in added)
         added.difference_update(record.removed)
-        added.update(shard.name for shard in record.shards)
+        added.update(names_of(label_set.log.shards(record)))
     return tuple(removed)

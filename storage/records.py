@@ -132,6 +132,26 @@ class IndexRecord(Config):
         return self
 
 
+class MergedShards(Config):
+    """The shards of a merged record and the indexes of their samples, in files of their own."""
+
+    name: Name
+    file: FileRecord
+    """The table of the shards, ``index/<name>.shards.arrow``."""
+    num_shards: int = Field(ge=1)
+    num_samples: int = Field(ge=1)
+    indexes: tuple[IndexRecord, ...] = Field(min_length=1)
+    """One after the other in key order; no key is in two of them."""
+
+    @model_validator(mode="after")
+    def _indexes_ascend(self) -> "MergedShards":
+        firsts = [index.first_keys[0] for index in self.indexes]
+        lasts = [index.first_keys[-1] for index in self.indexes]
+        if any(last >= first for last, first in zip(lasts, firsts[1:], strict=False)):
+            raise ValueError("indexes must follow on each other in key order")
+        return self
+
+
 class CommitRecord(Document):
     """What one writer changed in one step; or, merged, what many did."""
 
@@ -148,6 +168,8 @@ class CommitRecord(Document):
     """Shards that are added, after the removals."""
     index: IndexRecord | None = None
     """Of the added shards; None where there are none."""
+    merged_shards: MergedShards | None = None
+    """Of a merged record, what it adds, instead of ``shards`` and ``index``."""
     deleted: tuple[Name, ...] = ()
     """Names that ``gc`` is about to delete: a writer that was going to commit one makes another."""
     dropped: bool = False
@@ -163,12 +185,34 @@ class CommitRecord(Document):
     def _shards_have_an_index(self) -> "CommitRecord":
         if (self.index is None) != (not self.shards):
             raise ValueError("shards need an index, and only they")
+        if self.shards and self.merged_shards is not None:
+            raise ValueError("a record has shards or merged_shards, not both")
         return self
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that are added."""
+        return len(self.shards) if self.merged_shards is None else self.merged_shards.num_shards
 
     @property
     def num_samples(self) -> int:
         """Samples that are added."""
+        if self.merged_shards is not None:
+            return self.merged_shards.num_samples
         return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def indexes(self) -> tuple[IndexRecord, ...]:
+        """The index files of the added shards, one after the other in key order."""
+        if self.merged_shards is not None:
+            return self.merged_shards.indexes
+        return () if self.index is None else (self.index,)
+
+    @property
+    def index_names(self) -> list[Name]:
+        """Names of the files in ``index/`` that a reader of this record opens."""
+        table = [] if self.merged_shards is None else [self.merged_shards.name]
+        return [*table, *(index.name for index in self.indexes)]
 
 
 class LabelSetDocument(Document):

@@ -62,8 +62,7 @@ def repair(
     damaged = {problem.name for problem in problems if problem.what == "shard"}
     unindexed = {problem.name for problem in problems if problem.what == "index"} - damaged
     while damaged or unindexed:
-        repaired.refresh()
-        live = {shard.name: shard for shard in repaired.index.live_shards}
+        live = {shard.name: shard for shard in repaired.live_shards()}
         lost = [shard for name, shard in live.items() if name in damaged]
         kept = [shard for name, shard in live.items() if name in unindexed]
         shards = [NewShard(shard, check_shard(repaired, shard)) for shard in kept]

@@ -1,6 +1,6 @@
 """Read every byte of a label set and say what is damaged and what is lost with it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -9,15 +9,19 @@ import numpy as np
 import pyarrow as pa
 
 from storage.errors import BadLabelError, EditedSpecError, FormatError, ShardCorruptError
-from storage.index import INDEX_SCHEMA, Entries, format_keys, parse_keys
+from storage.index import INDEX_SCHEMA, Entries, concat, format_keys, parse_keys
 from storage.ipc import ArrowFile
 from storage.label_set import LabelSet
-from storage.records import CommitRecord, FileRecord, Name, ShardRecord
+from storage.records import CommitRecord, FileRecord, IndexRecord, Name, ShardRecord
 from storage.shard import ShardReader
 from storage.sidecar import read_spec, spec_path
 
 DAMAGE = (ShardCorruptError, FormatError, BadLabelError)
 """What proves damage. That a file cannot be read now proves nothing, and is raised."""
+
+
+_Readable = tuple[CommitRecord, Sequence[ShardRecord]]
+"""A record with the shards that it adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +55,10 @@ def verify(
     histories = _History(label_set)
     yield from histories.problems()
     added: dict[Name, tuple[ShardRecord, CommitRecord]] = {}
-    for record in histories.readable:
+    for record, shards in histories.readable:
         for name in record.removed:
             added.pop(name, None)
-        added.update((shard.name, (shard, record)) for shard in record.shards)
+        added.update((shard.name, (shard, record)) for shard in shards)
     entries: dict[Name, Entries] = {}
     for shard, _ in added.values():
         try:
@@ -63,9 +67,13 @@ def verify(
             path = label_set.shard_path(shard.name, "labels")
             yield Problem("shard", path, str(error), shard.num_samples, name=shard.name)
         advance(shard.num_bytes)
-    for record in histories.readable:
-        good = [name for name in entries if added[name][1] is record]
-        yield from _check_index(label_set, record, good, entries)
+    for record, shards in histories.readable:
+        numbers = {
+            shard.name: number
+            for number, shard in enumerate(shards)
+            if shard.name in entries and added[shard.name][1] is record
+        }
+        yield from _check_index(label_set, record, numbers, entries)
     yield from _check_sidecars(label_set)
 
 
@@ -85,38 +93,46 @@ class _History:
 
     def __init__(self, label_set: LabelSet) -> None:
         self._set = label_set
-        self.readable: list[CommitRecord] = []
+        self.readable: list[_Readable] = []
         self._problems: list[Problem] = []
-        merged: dict[int, CommitRecord] = {}
+        merged: dict[int, list[CommitRecord]] = {}
         for path in label_set.log.merged_paths():
-            first, last = label_set.log.range_of(path)
             try:
-                record = label_set.log.merged(first, last)
+                record = label_set.log.merged(*label_set.log.range_of(path))
             except DAMAGE as error:
                 self._problems.append(Problem("merged", path, str(error), 0))
-                continue
-            if first not in merged or merged[first].last < last:
-                merged[first] = record
+            else:
+                merged.setdefault(record.first, []).append(record)
         end = label_set.log.end()
         number = 1
         while number <= end:
-            found = merged.get(number) or self._single(number)
+            found = self._longest(merged.get(number, [])) or self._single(number)
             if found is not None:
                 self.readable.append(found)
-            following = found.last + 1 if found is not None else number + 1
+            following = found[0].last + 1 if found is not None else number + 1
             for covered in range(number, following):
                 if number in merged:  # not needed now, but somebody may be in the middle of them
                     self._single(covered)
             number = following
 
-    def _single(self, number: int) -> CommitRecord | None:
+    def _longest(self, records: list[CommitRecord]) -> _Readable | None:
+        """Of merged records with the same start the longest one with its shards."""
+        for record in sorted(records, key=lambda record: -record.last):
+            try:
+                return record, list(self._set.log.shards(record))
+            except (*DAMAGE, FileNotFoundError) as error:
+                path = self._set.log.path(record.first, record.last)
+                self._problems.append(Problem("merged", path, str(error), 0))
+        return None
+
+    def _single(self, number: int) -> _Readable | None:
         try:
             record = self._set.log.effective(number)
         except DAMAGE as error:
             text = str(error)
         else:
             if record is not None:
-                return record
+                return record, record.shards
             text = f"record {number} is missing although later ones exist"
         path = self._set.log.path(number)
         self._problems.append(Problem("record", path, text, 0, number=number))
@@ -194,39 +210,59 @@ def open_whole(label_set: LabelSet, path: str, file: FileRecord, schema: pa.Sche
 
 
 def _check_index(
-    label_set: LabelSet, record: CommitRecord, names: list[Name], entries: dict[Name, Entries]
+    label_set: LabelSet,
+    record: CommitRecord,
+    numbers: Mapping[Name, int],
+    entries: Mapping[Name, Entries],
 ) -> Iterator[Problem]:
-    """An index must say of every good shard what the shard itself says."""
-    if record.index is None or not names:
+    """The indexes of a record must say of its good shards what the shards themselves say.
+
+    Args:
+        label_set: The set.
+        record: A record.
+        numbers: Good shards that it added, by their numbers in its indexes.
+        entries: What good shards say of their samples.
+    """
+    if not numbers:
         return
-    path = label_set.index_path(record.index.name)
-    numbers = {shard.name: number for number, shard in enumerate(record.shards)}
+    paths = ", ".join(label_set.index_path(index.name) for index in record.indexes)
     try:
-        file = open_whole(label_set, path, record.index.file, INDEX_SCHEMA)
-        table = file.table()
+        found = concat([_read_index(label_set, index) for index in record.indexes])
     except DAMAGE as error:
-        for name in names:
-            yield Problem("index", path, str(error), 0, name=name)
+        for name in numbers:
+            yield Problem("index", paths, str(error), 0, name=name)
         return
+    in_order = np.array_equal(found.keys, found.sorted().keys)
+    known = bool(((found.shard >= 0) & (found.shard < record.num_shards)).all())
+    by_shard = found.take(np.argsort(found.shard, kind="stable"))
+    for name, number in numbers.items():
+        start, stop = np.searchsorted(by_shard.shard, [number, number + 1]).tolist()
+        mine = by_shard.take(np.arange(start, stop))
+        if not in_order or not known or not _agree(mine, entries[name], found):
+            error_text = f"{label_set.objects.uri}/{paths} does not fit shard {name}"
+            yield Problem("index", paths, error_text, 0, name=name)
+
+
+def _read_index(label_set: LabelSet, index: IndexRecord) -> Entries:
+    """All entries of an index file.
+
+    Raises:
+        ShardCorruptError: if it is not what its record says.
+    """
+    path = label_set.index_path(index.name)
+    table = open_whole(label_set, path, index.file, INDEX_SCHEMA).table()
     columns = {name: table.column(name).to_numpy() for name in table.column_names}
     keys = np.stack([columns.pop("key_hi"), columns.pop("key_lo")], axis=1)
-    found = Entries(keys, **columns)
     starts = np.cumsum([0, *(batch.num_rows for batch in table.to_batches())])[:-1]
-    as_recorded = (
-        len(found) == record.index.num_samples
-        and format_keys(keys[starts]) == list(record.index.first_keys)
-        and np.array_equal(keys, found.sorted().keys)
-        and bool(((found.shard >= 0) & (found.shard < len(record.shards))).all())
+    _require(
+        len(keys) == index.num_samples and format_keys(keys[starts]) == list(index.first_keys),
+        f"{label_set.objects.uri}/{path} does not have the keys of its record",
     )
-    for name in names:
-        if not as_recorded or not _agree(found, numbers[name], entries[name]):
-            error_text = f"{label_set.objects.uri}/{path} does not fit shard {name}"
-            yield Problem("index", path, error_text, 0, name=name)
+    return Entries(keys, **columns)
 
 
-def _agree(found: Entries, number: int, expected: Entries) -> bool:
+def _agree(mine: Entries, expected: Entries, everything: Entries) -> bool:
     """Whether an index finds every sample of a shard: there, or an older copy of it elsewhere."""
-    mine = found.take(found.shard == number)
     if len(mine) and mine.row.max() >= len(expected):
         return False
     columns = ("keys", "row", "first_row", "num_rows", "num_tokens")
@@ -235,5 +271,7 @@ def _agree(found: Entries, number: int, expected: Entries) -> bool:
         return False
     elsewhere = np.ones(len(expected), dtype=np.bool_)
     elsewhere[mine.row] = False
-    copies = {tuple(key) for key in found.take(found.shard != number).keys.tolist()}
+    if not elsewhere.any():
+        return True
+    copies = {tuple(key) for key in everything.keys.tolist()}
     return all(tuple(key) in copies for key in expected.keys[elsewhere].tolist())

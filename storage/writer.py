@@ -225,13 +225,14 @@ def publish(
     Raises:
         LabelStoreError: if the store cannot be written.
     """
+    entries = number_shards([new.entries for new in shards])
     record = CommitRecord(
         label_set=label_set.key,
         first=label_set.log.last + 1,
         last=label_set.log.last + 1,
         removed=tuple(removed),
         shards=tuple(new.record for new in shards),
-        index=write_index(label_set, number_shards([new.entries for new in shards])),
+        index=None if entries is None else write_index(label_set, entries),
         dropped=dropped,
         partition_bits=partition_bits,
         created_at=utc_now(),

@@ -120,14 +120,16 @@ def matching_sets(store: "LabelStore", key: str | None) -> list[str]:
 def _lost_its_spec(store: "LabelStore", key: str) -> bool:
     """Whether a set without a spec serves samples: it was damaged then, and not removed."""
     from storage.log import CommitLog
+    from storage.shard_table import names_of
     from storage.verify import DAMAGE
 
     served: set[str] = set()
     try:
-        for record in CommitLog(store.objects, f"label_sets/{key}", key).walk(1):
+        log = CommitLog(store.objects, f"label_sets/{key}", key)
+        for record in log.walk(1):
             served.difference_update(record.removed)
-            served.update(shard.name for shard in record.shards)
-    except DAMAGE:
+            served.update(names_of(log.shards(record)))
+    except (*DAMAGE, FileNotFoundError):
         return True
     return bool(served)
 

@@ -50,10 +50,9 @@ def pack(
         LabelStoreError: if the target cannot be written; nothing half-written stays.
         ShardCorruptError: if a shard is not what was committed.
     """
-    label_set.refresh()
     manifest = PackManifest(
         document=label_set.document,
-        shards=tuple(label_set.index.live_shards),
+        shards=tuple(label_set.live_shards()),
         licence=licence,
         provenance=provenance,
     )

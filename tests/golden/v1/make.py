@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from storage import log
+from storage.columns import select_rows
 from storage.keys import (
     GenerationSpec,
     LabelSetSpec,
@@ -91,7 +92,7 @@ def sample(number: int, num_tokens: int) -> LabelledSample:
         log_tail_mass_N=log_tail_mass_of(logprobs_NK).astype(np.float32),
         topk_ids_NK=ids_NK.astype(np.int32),
         topk_logprobs_NK=logprobs_NK.astype(np.float32),
-        entropy_N=(rows / 8).astype(np.float32),
+        optional={"entropy": (rows / 8).astype(np.float32)},
         finish_reason="stop" if stopped else "length",
         stop_reason="\n\n" if stopped else None,
     )
@@ -106,6 +107,7 @@ def given(number: int, labelled: list[int]) -> LabelledSample:
         for name in LabelledSample.__dataclass_fields__
         if name.endswith(("_N", "_NK"))
     }
+    rows["optional"] = select_rows(whole.optional, labelled)
     key = sample_key(whole.prompt_ids_P, 0, response_ids=whole.response_ids_R, label_mask=mask_R)
     return replace(whole, key=key, finish_reason="given", stop_reason=None, **rows)
 
@@ -116,7 +118,7 @@ def main() -> None:
     store = LabelStore(str(STORE), create=True)
     facts = {"made_by": "tests/golden/v1/make.py"}
     topk = store.create(TOPK, facts)
-    log.MERGE_FACTOR = 2  # the two records get a sum, which usually takes 32
+    log.MERGE_FACTOR = 2  # the two records get a sum, which usually takes 16
     topk.append([given(0, [0, 1, 2, 3, 4]), given(1, [1, 2, 4])], facts)
     topk.append([given(2, [0, 1, 2, 3, 4])], facts)
     mass = store.create(MASS, facts)

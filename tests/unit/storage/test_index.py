@@ -1,6 +1,6 @@
 """The index answers like a dictionary of the first committed samples, however it is cut."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,7 +13,6 @@ from storage.errors import ShardCorruptError
 from storage.index import (
     INDEX_SCHEMA,
     Entries,
-    SampleIndex,
     concat,
     encode_index,
     format_keys,
@@ -21,6 +20,7 @@ from storage.index import (
 )
 from storage.ipc import ArrowFile
 from storage.records import CommitRecord, FileRecord, IndexRecord, ShardRecord
+from storage.sample_index import SampleIndex
 
 HALVES = st.integers(0, 5) | st.sampled_from([2**63, 2**64 - 1])
 """Few values, so that keys, and their high halves, often are equal; also the largest ones."""
@@ -55,10 +55,16 @@ class History:
 
     files: dict[str, bytes] = field(default_factory=dict)
     opened: list[str] = field(default_factory=list)
+    shards_read: list[int] = field(default_factory=list)
+    """Records whose shards were looked at."""
 
     def open_index(self, record: IndexRecord, most: bool) -> ArrowFile:
         self.opened.append(record.name)
         return ArrowFile(self.files[record.name], name=record.name, schema=INDEX_SCHEMA)
+
+    def read_shards(self, record: CommitRecord) -> Sequence[ShardRecord]:
+        self.shards_read.append(record.first)
+        return record.shards
 
     def record(self, number: int, commit: Commit, first_shard: int) -> CommitRecord:
         shards, parts = [], []
@@ -123,7 +129,7 @@ def entries_of(keys: list[tuple[int, int]], shard: int) -> Entries:
 def build(commits: list[Commit]) -> tuple[SampleIndex, dict[tuple[int, int], tuple[int, int]]]:
     """The index of some commits, and the shard and row of every sample by the obvious way."""
     history = History()
-    index = SampleIndex(history.open_index)
+    index = SampleIndex(history.open_index, history.read_shards)
     shards: list[tuple[int, list[tuple[int, int]]] | None] = []
     for number, commit in enumerate(commits, start=1):
         index.add(history.record(number, commit, len(shards)))
@@ -145,7 +151,8 @@ def build(commits: list[Commit]) -> tuple[SampleIndex, dict[tuple[int, int], tup
 def small_batches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("storage.index.INDEX_BATCH_ROWS", 3)
-        patch.setattr("storage.index.HELD_BATCHES", 2)
+        patch.setattr("storage.sample_index.HELD_SAMPLES", 6)
+        patch.setattr("storage.sample_index.RANGE_SAMPLES", 4)
         yield
 
 
@@ -217,7 +224,7 @@ def test_planning_reads_no_more_than_the_batches_that_may_hold_the_keys(
 ) -> None:
     monkeypatch.setattr("storage.index.INDEX_BATCH_ROWS", 2)
     history = History()
-    index = SampleIndex(history.open_index)
+    index = SampleIndex(history.open_index, history.read_shards)
     index.add(history.record(1, Commit([(1, [(high, 0) for high in range(10)])]), 0))
     read = []
     batch = ArrowFile.batch
@@ -235,7 +242,7 @@ def test_planning_reads_no_more_than_the_batches_that_may_hold_the_keys(
 
 def test_no_key_reads_nothing() -> None:
     history = History()
-    index = SampleIndex(history.open_index)
+    index = SampleIndex(history.open_index, history.read_shards)
     index.add(history.record(1, Commit([(1, [(1, 1)])]), 0))
     assert index.contains(parse_keys([])).tolist() == []
     assert len(index.locate(parse_keys([])).entries) == 0
@@ -251,10 +258,23 @@ def test_an_index_with_another_number_of_batches_is_refused(
     monkeypatch.setattr("storage.index.INDEX_BATCH_ROWS", 1)
     two, _ = encode_index(entries_of([(1, 1), (2, 2)], 0))
     history.files[record.index.name] = two
-    index = SampleIndex(history.open_index)
+    index = SampleIndex(history.open_index, history.read_shards)
     index.add(record)
     with pytest.raises(ShardCorruptError, match="has 2 batches, its record says 1"):
         index.contains(np.array([(1, 1)], dtype=np.uint64))
+
+
+def test_planning_looks_at_shards_only_where_one_was_removed() -> None:
+    history = History()
+    index = SampleIndex(history.open_index, history.read_shards)
+    index.add(history.record(1, Commit([(1, [(1, 1)]), (1, [(2, 2)])]), 0))
+    index.add(history.record(2, Commit([(2, [(3, 3)])]), 2))
+    keys = np.array([(1, 1), (2, 2), (3, 3)], dtype=np.uint64)
+    assert index.contains(keys).tolist() == [True, True, True]
+    assert history.shards_read == []
+    index.add(history.record(3, Commit([], removes=[1]), 3))
+    assert index.contains(keys).tolist() == [True, False, True]
+    assert history.shards_read == [1, 2]
 
 
 def test_removing_what_is_unknown_changes_nothing() -> None:

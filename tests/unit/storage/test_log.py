@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import FormatError, ShardCorruptError, WrongLabelSetError
-from storage.log import CommitLog, merge_ranges
+from storage.log import MERGE_FACTOR, CommitLog, merge_ranges
 from storage.objects import Objects
 from storage.records import CommitRecord
 from storage.testing import make_spec
@@ -90,12 +90,12 @@ def test_records_may_go_once_they_are_merged(bench) -> None:
 def test_merged_ranges_are_whole_powers_that_end_at_the_record(last: int) -> None:
     found = list(merge_ranges(last))
     for place, (first, end) in enumerate(found, start=1):
-        assert (end, end - first + 1) == (last, 32**place)
-        assert last % 32**place == 0
-    assert last % 32 ** (len(found) + 1) != 0
+        assert (end, end - first + 1) == (last, MERGE_FACTOR**place)
+        assert last % MERGE_FACTOR**place == 0
+    assert last % MERGE_FACTOR ** (len(found) + 1) != 0
 
 
-@given(st.integers(1, 3000), st.sampled_from([2, 3, 32]))
+@given(st.integers(1, 3000), st.sampled_from([2, 3, 16]))
 def test_merged_ranges_cover_a_history_with_few_records(last: int, factor: int) -> None:
     """With the factor f, at most f - 1 records of each of the log_f(n) sizes are left over."""
     with pytest.MonkeyPatch.context() as patch:

@@ -1,5 +1,6 @@
 """Merged records sum up history: they answer alike, and nothing depends on them."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,8 +62,9 @@ def test_merged_records_appear_at_the_powers(bench) -> None:
         "00000007-00000008",
     ]
     whole: CommitRecord = bench.fresh().log.merged(1, 8)
-    assert [shard.since for shard in whole.shards] == list(range(1, 9))
-    assert whole.index.num_samples == whole.num_samples == 8
+    assert [shard.since for shard in bench.fresh().log.shards(whole)] == list(range(1, 9))
+    assert [index.num_samples for index in whole.indexes] == [8]
+    assert (whole.num_samples, whole.num_shards, whole.shards) == (8, 8, ())
     bench.assert_serves(SAMPLES[:8], SAMPLES)
 
 
@@ -98,9 +100,10 @@ def test_of_copies_the_same_one_is_served_after_merging(bench) -> None:
     publish(label_set, [write_shard(label_set, SAMPLES[1:3])], provenance={})  # sample 1 again
     (first, second) = bench.fresh().log.singles()
     merged = bench.fresh().log.merged(1, 2)
-    assert merged.index.num_samples == 3  # the copy has no entry
+    assert [index.num_samples for index in merged.indexes] == [3]  # the copy has no entry
     located = bench.fresh().locate(KEYS[:3])
-    names = [merged.shards[number].name for number in located.entries.shard.tolist()]
+    shards = bench.fresh().log.shards(merged)
+    names = [shards[number].name for number in located.entries.shard.tolist()]
     assert names == [first.shards[0].name, first.shards[0].name, second.shards[0].name]
     bench.assert_serves(SAMPLES[:3], SAMPLES)
 
@@ -114,8 +117,7 @@ def test_a_merged_record_removes_only_what_came_before_it(bench) -> None:
     publish(label_set, [], removed=[second.name, third.record.name], provenance={})
     merged = bench.fresh().log.merged(3, 4)
     assert set(merged.removed) == {first.name, second.name}
-    assert merged.shards == ()
-    assert merged.index is None
+    assert (merged.shards, merged.indexes, merged.merged_shards) == ((), (), None)
     assert not bench.fresh().contains(KEYS).any()
 
 
@@ -128,17 +130,22 @@ def test_a_shard_that_is_added_again_stays(bench) -> None:
     name = shards[0].record.name
     publish(label_set, shards, removed=[name], provenance={})
     merged = bench.fresh().log.merged(3, 4)
-    assert [shard.name for shard in merged.shards] == [name]
+    assert [shard.name for shard in label_set.log.shards(merged)] == [name]
     bench.assert_serves(SAMPLES[:3], SAMPLES)
 
 
-def test_a_long_index_is_not_merged(bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.log.MERGE_FACTOR", 2)
-    monkeypatch.setattr("storage.merge.MERGE_SAMPLES", 2)
-    bench.filled(*([sample] for sample in SAMPLES[:4]))
-    names = [path.stem for path in bench.files("merged/*")]
-    assert names == ["00000001-00000002", "00000003-00000004"]
-    bench.assert_serves(SAMPLES[:4], SAMPLES)
+@pytest.mark.usefixtures("pairs")
+def test_a_long_index_is_cut_into_ranges_of_keys(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.sample_index.RANGE_SAMPLES", 2)
+    bench.filled(*([sample] for sample in SAMPLES[:8]))
+    merged = bench.fresh().log.merged(1, 8)
+    assert len(merged.indexes) > 1
+    assert sum(index.num_samples for index in merged.indexes) == 8
+    tables = [bench.fresh().open_index(index).table() for index in merged.indexes]
+    assert np.concatenate([table["key_hi"].to_numpy() for table in tables]).tolist() == sorted(
+        int(key[:16], 16) for key in KEYS[:8]
+    )
+    bench.assert_serves(SAMPLES[:8], SAMPLES)
 
 
 def test_merging_again_changes_nothing(bench) -> None:

@@ -81,7 +81,7 @@ def test_a_damaged_index_is_made_anew(store, missing: bool) -> None:
 def test_a_damaged_merged_index_is_made_anew(store) -> None:
     label_set = store.fresh()
     merged = label_set.log.merged(1, 2)
-    (store.root / label_set.index_path(merged.index.name)).unlink()
+    (store.root / label_set.index_path(merged.indexes[0].name)).unlink()
     assert len(repaired(store).reindexed) == 2
     store.assert_serves(SAMPLES)
 

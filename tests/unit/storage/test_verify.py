@@ -6,10 +6,13 @@ import pyarrow as pa
 import pytest
 
 from storage.compact import compact
+from storage.errors import ShardCorruptError
 from storage.garbage import drop
 from storage.ipc import encode_file
 from storage.records import FileRecord
+from storage.repair import repair
 from storage.schema import samples_schema
+from storage.shard_table import names_of, shard_table_path
 from storage.testing import make_sample, make_spec
 from storage.verify import Problem, verify
 
@@ -107,10 +110,31 @@ def test_a_damaged_index_is_found_and_loses_nothing(store, how: str) -> None:
 def test_a_damaged_merged_index_is_found_for_each_of_its_shards(store) -> None:
     label_set = store.fresh()
     merged = label_set.log.merged(1, 2)
-    store.damage(store.root / label_set.index_path(merged.index.name))
+    store.damage(store.root / label_set.index_path(merged.indexes[0].name))
     found = problems(store)
     assert [problem.what for problem in found] == ["index", "index"]
-    assert {problem.name for problem in found} == {shard.name for shard in merged.shards}
+    assert {problem.name for problem in found} == set(names_of(label_set.log.shards(merged)))
+
+
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+def test_without_its_shard_table_a_merged_record_is_no_use(store, how: str) -> None:
+    """Whoever needs a shard is told so; ``repair`` goes back to the records that it sums up."""
+    label_set = store.fresh()
+    merged = label_set.log.merged(1, 2)
+    path = store.root / shard_table_path(label_set.prefix, merged.merged_shards.name)
+    if how == "missing":
+        path.unlink()
+    else:
+        store.damage(path)
+    with pytest.raises(ShardCorruptError, match="distill repair"):
+        store.fresh().totals()
+    (problem,) = problems(store)
+    assert (problem.what, problem.lost_samples) == ("merged", 0)
+    assert problem.path == label_set.log.path(1, 2)
+    repaired = repair(store.fresh(), [problem], {})
+    assert (repaired.deleted, repaired.quarantined) == ([problem.path], [])
+    assert problems(store) == []
+    store.assert_serves(SAMPLES, SAMPLES)
 
 
 def test_the_index_of_a_record_that_was_merged_is_not_needed(store) -> None:
