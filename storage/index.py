@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from storage.errors import BadKeyError
-from storage.ipc import encode_file
+from storage.ipc import LZ4, encode_file
 from storage.partitions import Keys
 from storage.schema import FORMAT_VERSION
 
@@ -105,4 +105,5 @@ def encode_index(entries: Entries) -> tuple[bytes, tuple[str, ...]]:
     starts = range(0, len(entries), INDEX_BATCH_ROWS)
     whole = pa.RecordBatch.from_arrays(arrays, schema=INDEX_SCHEMA)
     batches = [whole.slice(start, INDEX_BATCH_ROWS) for start in starts]
-    return encode_file(batches, INDEX_SCHEMA), tuple(format_keys(entries.keys[list(starts)]))
+    first_keys = tuple(format_keys(entries.keys[list(starts)]))
+    return encode_file(batches, INDEX_SCHEMA, codec=LZ4), first_keys

@@ -41,8 +41,11 @@ from storage.ipc_metadata import (
 MAX_BATCH_BYTES: Final = 2**30
 """Most bytes that one record batch may take in memory."""
 
-ZSTD_LEVEL: Final = 1
+ZSTD: Final = pa.Codec("zstd", 1)
 """Higher levels make byte planes larger and slower (measured on real labels)."""
+
+LZ4: Final = pa.Codec("lz4")
+"""Leaves what it cannot make smaller, such as keys, as it is: no time is spent on reading it."""
 
 HEAD_BYTES: Final = 16
 """Magic, padding and the prefix of the schema message."""
@@ -67,14 +70,21 @@ UNREADABLE: Final = (pa.ArrowException, OSError, struct.error, LookupError, Type
 """What parsing damaged bytes raises."""
 
 
-def encode_file(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> bytes:
-    """An Arrow IPC file of the batches, compressed with zstd and with a digest per column.
+def encode_file(
+    batches: Iterable[pa.RecordBatch], schema: pa.Schema, *, codec: pa.Codec = ZSTD
+) -> bytes:
+    """An Arrow IPC file of the batches, compressed and with a digest per column.
+
+    Args:
+        batches: Of the schema.
+        schema: Metadata included.
+        codec: ``ZSTD``, or ``LZ4`` where reading fast matters more than size.
 
     Raises:
         BadLabelError: if a batch takes more than ``MAX_BATCH_BYTES``.
     """
     sink = io.BytesIO()
-    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", ZSTD_LEVEL))
+    options = pa.ipc.IpcWriteOptions(compression=codec)
     with pa.ipc.new_file(sink, schema, options=options) as writer:
         for index, batch in enumerate(batches):
             num_bytes = pa.ipc.get_record_batch_size(batch)

@@ -23,7 +23,8 @@ END_OF_BATCHES: Final = MARKER + bytes(4)
 FOOTER_DICTIONARIES, FOOTER_BATCHES = 2, 3
 MESSAGE_HEADER = 2
 BATCH_NODES, BATCH_BUFFERS, BATCH_COMPRESSION = 1, 2, 3
-COMPRESSION_CODEC, ZSTD = 0, 1
+COMPRESSION_CODEC = 0
+LZ4_FRAME, ZSTD = 0, 1
 
 PAIR: Final = struct.Struct("<qq")
 BLOCK: Final = struct.Struct("<qi4xq")
@@ -71,7 +72,7 @@ def read_blocks(footer: bytes) -> list[Block]:
 
 
 def read_layout(message: bytes) -> BatchLayout:
-    """Arrays and buffers of a batch whose body is compressed with zstd.
+    """Arrays and buffers of a batch whose body is compressed.
 
     Args:
         message: The metadata of the batch, as long as its block says.
@@ -86,8 +87,8 @@ def read_layout(message: bytes) -> BatchLayout:
     batch = _follow(message, _required(message, table, MESSAGE_HEADER))
     compression = _follow(message, _required(message, batch, BATCH_COMPRESSION))
     codec = _field(message, compression, COMPRESSION_CODEC)
-    if codec is None or message[codec] != ZSTD:
-        raise ValueError("it is not compressed with zstd")
+    if codec is not None and message[codec] not in (LZ4_FRAME, ZSTD):  # absent is the first
+        raise ValueError("it is compressed with an unknown codec")
     return BatchLayout(
         lengths=[length for length, _ in _vector(message, batch, BATCH_NODES, PAIR)],
         buffers=[(offset, size) for offset, size in _vector(message, batch, BATCH_BUFFERS, PAIR)],
