@@ -25,6 +25,7 @@ import safetensors.numpy
 import torch
 
 from benchmarks.teacher_rows import TeacherRows, teacher_rows
+from storage.columns import scalar_columns
 from storage.ipc import ArrowFile, column_digest, encode_file
 from storage.keys import LabelSetSpec, MassSpec, TopKSpec
 from storage.labels import label_kind
@@ -112,7 +113,7 @@ def encoded(rows: TeacherRows, kind: TopKSpec | MassSpec, temperature: float = 1
 
 def scalar_names(spec: LabelSetSpec) -> list[str]:
     """Columns of the label table with one value per row."""
-    return [*(field.name for field in SCALAR_FIELDS), *spec.columns]
+    return [*(field.name for field in SCALAR_FIELDS), *scalar_columns(spec.columns)]
 
 
 # -- what a user would otherwise write ------------------------------------------------------------

@@ -156,7 +156,7 @@ class TeacherRows:
             log_tail_mass_N=np.maximum(np.log(tail_R), LOG_ZERO).astype(np.float32),
             topk_ids_NK=np.where(kept_RK, self.topk_ids_SRK[number], UNUSED_ID)[:, :width],
             topk_logprobs_NK=np.where(kept_RK, wide_RK, -np.inf)[:, :width].astype(np.float32),
-            entropy_N=dense.entropy_SR[number],
+            optional={"entropy": dense.entropy_SR[number]},
             finish_reason="given",
         )
 

@@ -1,4 +1,7 @@
-"""The command ``distill``. Exit codes: 0 done, 2 a problem the user can fix, 1 a bug."""
+"""The command ``distill``.
+
+Exit codes: 0 done, 2 a problem the user can fix, 1 a bug, 143 stopped in good order by SIGTERM.
+"""
 
 import importlib
 import os
@@ -10,6 +13,7 @@ import typer
 from pipeline.commands import COMMANDS
 from pipeline.layout import EXTRA_OF, check_layout, install_command
 from pipeline.manners import QUIET_ENVIRONMENT
+from pipeline.stopping import EXIT_CODE, StoppedError
 from storage.errors import DistillError
 
 
@@ -40,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     try:
         build_app()(args=argv, prog_name="distill")
+    except StoppedError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_CODE
     except DistillError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -202,6 +202,8 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     where = ".".join(path)
     if problem["type"] == "extra_forbidden":
         known = _fields_at(model, path[:-1])
+        if path[-1] in known:
+            return f"unknown key {where!r}: another type has such an option, this one has not"
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
         return f"unknown key {where!r}{hint}"
@@ -221,8 +223,12 @@ def _is_noise(problem: Any) -> bool:
 def _settings_path(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """The path as it is written in YAML: pydantic also names the tag of a union's member."""
     path: list[str] = []
+    tagged: list[str] | None = None
     for index, part in enumerate(location):
         if UNION_TAG.fullmatch(str(part)):
+            continue
+        if tagged != path and part in _tags_at(model, path):
+            tagged = list(path)  # a field may have the name of a tag, but the tag comes first
             continue
         last = index == len(location) - 1
         if last or isinstance(part, int) or not path or str(part) in _fields_at(model, path):
@@ -230,8 +236,19 @@ def _settings_path(model: type[BaseModel], location: Sequence[Any]) -> list[str]
     return path
 
 
+def _tags_at(model: type[BaseModel], path: Sequence[str]) -> set[str]:
+    """Tags of the union of sections at a path, empty where there is none."""
+    models = _models_at(model, path)
+    types = [found.model_fields["type"] for found in models if "type" in found.model_fields]
+    return {field.default for field in types} if len(models) > 1 else set()
+
+
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
     """Names of the fields that a configuration has at a path, following unions."""
+    return sorted({name for found in _models_at(model, path) for name in found.model_fields})
+
+
+def _models_at(model: type[BaseModel], path: Sequence[str]) -> list[type[BaseModel]]:
     models: list[type[BaseModel]] = [model]
     for part in path:
         inner: list[type[BaseModel]] = []
@@ -239,9 +256,9 @@ def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
             field = candidate.model_fields.get(part)
             if field is not None:
                 inner += _models_in(field.annotation)
-        # a part that names no field is the tag of a union member or an index: stay
+        # a part that names no field is an index: stay
         models = inner or models
-    return sorted({name for candidate in models for name in candidate.model_fields})
+    return models
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -8,7 +8,12 @@ from rich.table import Table
 from pipeline.cluster import Cluster
 from pipeline.project import Project
 from pipeline.steps.evaluate import Evaluation, evaluate_students
-from pipeline.steps.label import label_missing, requested_label_set
+from pipeline.steps.label import (
+    Labelled,
+    label_missing,
+    requested_label_set,
+    without_quarantined,
+)
 from pipeline.steps.plan import Plan, make_plan
 from pipeline.steps.prepare import PreparedTeacher, prepare_student, prepare_teacher
 from pipeline.steps.train import StudentRequest, TrainedStudent, train_students
@@ -31,23 +36,43 @@ def plan_project(project: Project) -> tuple[PreparedTeacher, Plan]:
     return teacher, make_plan(project, teacher)
 
 
-def label_project(project: Project, cluster: Cluster) -> tuple[PreparedTeacher, Plan, int]:
-    """Label what is missing; returns how many samples the teacher answered."""
+def labelled_plan(project: Project) -> tuple[PreparedTeacher, Plan]:
+    """Teacher and plan of what students can learn from: samples in quarantine are left out."""
+    teacher, plan = plan_project(project)
+    return teacher, without_quarantined(project, plan)
+
+
+def label_project(
+    project: Project, cluster: Cluster, *, retry_quarantined: bool = False
+) -> tuple[PreparedTeacher, Plan, Labelled]:
+    """Label what is missing.
+
+    Args:
+        project: The project.
+        cluster: Where the teacher runs.
+        retry_quarantined: Also ask for samples that were set aside earlier.
+
+    Returns:
+        Teacher, the plan as it was made, and what was done.
+    """
     teacher, plan = plan_project(project)
     for row in plan.skipped_rows:
         project.say(f"skipped {row}")
     if plan.skipped_rows:
         project.say(f"{len(plan.skipped_rows)} unusable rows skipped (data.on_bad_row: skip)")
-    labelled = label_missing(project, plan, teacher, cluster)
-    if labelled == 0:
-        project.say(
-            f"labels: all {len(plan.requests())} samples are cached, the teacher was called 0 times"
-        )
+    done = label_missing(project, plan, teacher, cluster, retry_quarantined=retry_quarantined)
+    aside = len(done.quarantined)
+    cached = len(plan.requests()) - done.num_labelled - aside
+    if done.num_labelled == 0 and not aside:
+        project.say(f"labels: all {cached} samples are cached, the teacher was called 0 times")
     else:
+        project.say(f"labels: {done.num_labelled} samples labelled, {cached} cached")
+    if aside:
         project.say(
-            f"labels: {labelled} samples labelled, {len(plan.requests()) - labelled} cached"
+            f"{aside} samples are in quarantine and left out: `distill show {plan.spec.key[:12]}` "
+            "tells why"
         )
-    return teacher, plan, labelled
+    return teacher, plan, done
 
 
 def train_project(
@@ -89,14 +114,15 @@ def run_project(project: Project) -> RunResult:
     from pipeline.steps.report import write_report
 
     with Cluster(project.config.cluster) as cluster:
-        teacher, plan, labelled = label_project(project, cluster)
+        teacher, plan, done = label_project(project, cluster)
+        plan = without_quarantined(project, plan)
         students: list[TrainedStudent] = []
         evaluations: list[Evaluation] = []
         if project.config.train is not None:
             students = train_project(project, teacher, plan, cluster)
             evaluations = evaluate_students(project, students, plan, cluster)
         write_report(project, plan, teacher, students, evaluations)
-    return RunResult(plan, labelled, students, evaluations)
+    return RunResult(plan, done.num_labelled, students, evaluations)
 
 
 def quality_table(evaluations: Sequence[Evaluation]) -> Table:

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from storage.columns import arrow_columns
 from storage.errors import LabelStoreError, ShardCorruptError
 from storage.labels import label_kind
 from storage.labels.base import UNUSED_ID
@@ -28,7 +29,7 @@ TOPK_COLUMNS = ("topk_ids", "topk_logprobs")
 def columns_of(label_set: "LabelSet") -> list[str]:
     """Names of everything that :func:`scan` can yield, in order."""
     scalars = [field.name for field in SCALAR_FIELDS if field.name != "sample"]
-    return [*SAMPLE_COLUMNS, *scalars, *label_set.spec.columns, *TOPK_COLUMNS]
+    return [*SAMPLE_COLUMNS, *scalars, *arrow_columns(label_set.spec), *TOPK_COLUMNS]
 
 
 def scan(label_set: "LabelSet", columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:

@@ -21,6 +21,9 @@ from storage.writer import publish
 ANNOUNCED_FOLDERS = ("shards", "index")
 """Folders of a label set whose files are named by records."""
 
+FOLDERS_OF_A_SET = ("sidecars", "quarantine", "certificates")
+"""Folders whose files are needed as long as the label set is."""
+
 DEFAULT_GRACE = datetime.timedelta(hours=24)
 
 
@@ -76,7 +79,8 @@ def find_garbage(objects: Objects, key: str, grace: datetime.timedelta) -> Garba
         if _name(entry[0]) not in needed
     ]
     if is_dropped(records):
-        unneeded += objects.entries(f"{prefix}/sidecars")
+        for folder in FOLDERS_OF_A_SET:
+            unneeded += objects.entries(f"{prefix}/{folder}")
     superseded = _superseded(objects, prefix, log) if unneeded else {}
     oldest = objects.now() - grace
     paths: dict[str, int] = {}

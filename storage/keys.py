@@ -8,12 +8,12 @@ identity. ``docs/format.md`` section 2 is the specification.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from storage.config import Config
 from storage.errors import UnstableValueError
@@ -27,9 +27,6 @@ KEY_HEX_DIGITS = 32
 PROMPT_HEX_DIGITS = 8
 """A sample key starts with this much of its prompt key, so the samples of a prompt are neighbours
 in every order by key and always in one partition."""
-
-ColumnName = Literal["entropy"]
-"""Optional scalar columns of the label table."""
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
 
@@ -113,13 +110,103 @@ KindSpec = Annotated[TopKSpec | MassSpec, Field(discriminator="type")]
 """The options of a label kind (``storage/labels``), as they stand in the key."""
 
 
+class StratifiedSpec(Config):
+    """Tokens drawn from the tail, one from each of as many equal parts of its probability."""
+
+    type: Literal["stratified"] = "stratified"
+    draws: int = Field(ge=1, le=1024)
+    """Tokens drawn per position; each stands for an equal share of the tail."""
+
+    @property
+    def width(self) -> int:
+        """Most tokens that a position keeps."""
+        return self.draws
+
+
+class ThresholdSpec(Config):
+    """Every tail token above a probability, and a sample of those below it."""
+
+    type: Literal["threshold"] = "threshold"
+    threshold: float = Field(ge=1 / 1024, lt=1.0)
+    """A token at least this likely is kept as it is; a rarer one of probability p is kept with
+    probability p / threshold and then counts as ``threshold``."""
+
+    @property
+    def width(self) -> int:
+        """Most tokens that a position keeps."""
+        return math.floor(1 / self.threshold) + 1
+
+
+class CountsSpec(Config):
+    """Tokens drawn from the whole distribution with replacement, and how often each was drawn."""
+
+    type: Literal["counts"] = "counts"
+    draws: int = Field(ge=1, le=1024)
+    """Draws per position."""
+
+    @property
+    def width(self) -> int:
+        """Most tokens that a position keeps."""
+        return self.draws
+
+
+TailSampleSpec = StratifiedSpec | ThresholdSpec | CountsSpec
+"""How tokens are sampled from the teacher's distribution (``storage/tail_samples.py``)."""
+
+ColumnName = Literal["entropy", "power_sum_10", "power_sums"]
+"""Optional columns that need no options (``storage/columns.py``)."""
+
+
+def _type_of(column: object) -> str | None:
+    """Which member of ``ColumnSpec`` a value is meant to be."""
+    if isinstance(column, str):
+        return "str"
+    found = column.get("type") if isinstance(column, Mapping) else getattr(column, "type", None)
+    return found if isinstance(found, str) else None
+
+
+ColumnSpec = Annotated[
+    Annotated[ColumnName, Tag("str")]
+    | Annotated[StratifiedSpec, Tag("stratified")]
+    | Annotated[ThresholdSpec, Tag("threshold")]
+    | Annotated[CountsSpec, Tag("counts")],
+    Discriminator(
+        _type_of,
+        custom_error_type="unknown_column",
+        custom_error_message="a column is a name (entropy, power_sum_10, power_sums) or a section "
+        "with the type stratified, threshold or counts",
+    ),
+]
+"""An optional label column as it stands in the key: a name, or the options of tail samples."""
+
+
+def canonical_columns(columns: Iterable[ColumnSpec]) -> tuple[ColumnSpec, ...]:
+    """The columns in the one order that enters a key: names sorted, tail samples last, each once.
+
+    Raises:
+        ValueError: if tail samples are wanted in two ways.
+    """
+    wanted = list(columns)
+    names = sorted({column for column in wanted if isinstance(column, str)})
+    samples: list[ColumnSpec] = []
+    for column in wanted:
+        if not isinstance(column, str) and column not in samples:
+            samples.append(column)
+    if len(samples) > 1:
+        raise ValueError(
+            "a label set holds tail samples of one kind, got "
+            f"{' and '.join(canonical_json(sample) for sample in samples)}; choose one"
+        )
+    return (*names, *samples)
+
+
 class LabelSetSpec(Config):
     """The request that a label set answers. Its digest is the address of the set."""
 
     generation: GenerationSpec
     kind: KindSpec
-    columns: tuple[ColumnName, ...]
-    """Optional label columns, sorted, each once."""
+    columns: tuple[ColumnSpec, ...]
+    """Optional label columns: names sorted, then at most one kind of tail samples, each once."""
     tail: Literal["exact", "topk"]
     """``exact``: the tail mass was summed over the full vocabulary in the engine;
     ``topk``: derived as one minus the mass of the top-k."""
@@ -128,9 +215,18 @@ class LabelSetSpec(Config):
 
     @model_validator(mode="after")
     def _columns_have_one_order(self) -> "LabelSetSpec":
-        if list(self.columns) != sorted(set(self.columns)):
-            raise ValueError(f"columns must be sorted and distinct, got {self.columns}")
+        if self.columns != canonical_columns(self.columns):
+            raise ValueError(
+                "columns must be distinct, names sorted, tail samples last; got "
+                f"{canonical_json(self.columns)}"
+            )
         return self
+
+    @property
+    def tail_samples(self) -> TailSampleSpec | None:
+        """How tail samples are drawn, None if the set holds none."""
+        found = [column for column in self.columns if not isinstance(column, str)]
+        return found[0] if found else None
 
     @property
     def key(self) -> str:

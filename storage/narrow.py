@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from storage.keys import LabelSetSpec
+from storage.columns import arrow_columns
+from storage.keys import CountsSpec, LabelSetSpec
 from storage.labels import label_kind
 from storage.labels.base import UNUSED_ID
 from storage.samples import LabelledSample
@@ -15,13 +16,19 @@ from storage.tail import LOG_ZERO
 
 
 def satisfies(stored: LabelSetSpec, wanted: LabelSetSpec) -> bool:
-    """Whether every label that ``wanted`` asks for can be made from one of ``stored``."""
+    """Whether every label that ``wanted`` asks for can be made from one of ``stored``.
+
+    Samples of the tail serve no smaller head: what is dropped joins the tail unsampled. Counts
+    cover the whole distribution and serve every head.
+    """
+    covers_head = wanted.tail_samples is None or isinstance(wanted.tail_samples, CountsSpec)
     return (
         stored.generation == wanted.generation
         and stored.vocab_size == wanted.vocab_size
         and stored.tail in (wanted.tail, "exact")
         and set(stored.columns) >= set(wanted.columns)
         and label_kind(stored.kind).covers(wanted.kind)
+        and (covers_head or stored.kind == wanted.kind)
     )
 
 
@@ -33,6 +40,7 @@ def narrow(sample: LabelledSample, wanted: LabelSetSpec) -> LabelledSample:
         wanted: Spec of the labels to make.
     """
     width = wanted.kind.width
+    kept_columns = arrow_columns(wanted)
     heads_N = label_kind(wanted.kind).head_sizes(sample.topk_logprobs_NK)
     stored = np.arange(sample.topk_ids_NK.shape[1])
     kept_NK = (stored < heads_N[:, None]) & (sample.topk_ids_NK != UNUSED_ID)
@@ -48,5 +56,5 @@ def narrow(sample: LabelledSample, wanted: LabelSetSpec) -> LabelledSample:
             :, :width
         ],
         log_tail_mass_N=np.maximum(tail_N, LOG_ZERO).astype(np.float32),
-        entropy_N=sample.entropy_N if "entropy" in wanted.columns else None,
+        optional={name: values for name, values in sample.optional.items() if name in kept_columns},
     )

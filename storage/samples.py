@@ -1,12 +1,14 @@
 """The value that crosses from the teacher into the cache and back: one labelled sample."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from storage.checks import MASS_TOLERANCE, require_rows
+from storage.columns import Columns, check_columns, check_disjoint, check_shapes
 from storage.errors import (
     BadLabelError,
     MassError,
@@ -16,9 +18,6 @@ from storage.errors import (
 )
 from storage.keys import LabelSetSpec, prompt_key, sample_key
 from storage.labels.base import UNUSED_ID
-
-MASS_TOLERANCE = 1e-3
-"""Allowed difference of the total probability from one: float32 sums stay far below."""
 
 ROUNDING_NATS = 1 / 512
 """Largest change of a log-prob by being stored."""
@@ -57,12 +56,17 @@ class LabelledSample:
     """int32[N, K]: the teacher's K likeliest tokens, likeliest first."""
     topk_logprobs_NK: Float32s
     """float32[N, K]: their log-probs in nats at temperature 1; exp(row) sums to at most 1."""
-    entropy_N: Float32s | None
-    """float32[N]: Shannon entropy over the full vocabulary in nats; None if not captured."""
+    optional: Columns = field(default_factory=dict, kw_only=True)
+    """Optional columns of the N rows by the name of their Arrow column (``storage/columns.py``)."""
     finish_reason: str
     """``stop`` (end-of-sequence or stop string), ``length``, or ``given`` in score mode."""
     stop_reason: str | None = None
     """The stop string that ended the response, if one did."""
+
+    @property
+    def entropy_N(self) -> Float32s | None:
+        """float32[N]: Shannon entropy over the full vocabulary in nats; None if not captured."""
+        return self.optional.get("entropy")
 
     @property
     def token_ids_N(self) -> Int32s:
@@ -97,29 +101,24 @@ class LabelledSample:
         self._require(n > 0, "it has no labelled position")
         self._require(self.topk_ids_NK.shape == (n, k), f"top-k ids are not [{n}, {k}]")
         self._require(self.topk_logprobs_NK.shape == (n, k), f"log-probs are not [{n}, {k}]")
-        if "entropy" in spec.columns:
-            self._require(self.entropy_N is not None, "entropy was requested and is missing")
         scalars = {
             "token_id": self.token_ids_N,
             "token_logprob": self.token_logprob_N,
             "token_rank": self.token_rank_N,
             "log_tail_mass": self.log_tail_mass_N,
         }
-        if self.entropy_N is not None:
-            scalars["entropy"] = self.entropy_N
         for name, values in scalars.items():
             self._require(values.shape == (n,), f"{name} has shape {values.shape}, not ({n},)")
+        check_shapes(self.optional, spec, n, name=f"sample {self.key}")
         rounding = ROUNDING_NATS if stored else 0.0
         self._check_topk(spec)
+        name = f"sample {self.key}"
         check_rows(
-            scalars,
-            self.topk_ids_NK,
-            self.topk_logprobs_NK,
-            spec,
-            name=f"sample {self.key}",
-            rounding=rounding,
+            scalars, self.topk_ids_NK, self.topk_logprobs_NK, spec, name=name, rounding=rounding
         )
         self._check_hard_label(rounding)
+        check_columns(self.optional, self.log_tail_mass_N, spec, name=name)
+        check_disjoint(self.optional, self.topk_ids_NK, spec, name=name)
 
     def _check_tokens(self, spec: LabelSetSpec) -> None:
         """Positions, response and key belong together."""
@@ -189,7 +188,7 @@ class LabelledSample:
         problem: str,
         error: type[BadLabelError] = BadLabelError,
     ) -> None:
-        _require_rows(good_N, f"sample {self.key}: {problem}", error)
+        require_rows(good_N, f"sample {self.key}: {problem}", error)
 
 
 def check_rows(
@@ -204,7 +203,7 @@ def check_rows(
     """Refuse label rows that cannot be a teacher's; cheap enough for every read.
 
     Args:
-        scalars: Scalar columns of the N rows by name.
+        scalars: Mandatory scalar columns of the N rows by name.
         ids_NK: int32[N, K]; UNUSED_ID where a row keeps fewer tokens.
         logprobs_NK: float32[N, K] in nats.
         spec: Of the label set.
@@ -218,7 +217,7 @@ def check_rows(
     """
     for column, values_N in scalars.items():
         if values_N.dtype.kind == "f":
-            _require_rows(np.isfinite(values_N), f"{name}: {column} is not finite", NotFiniteError)
+            require_rows(np.isfinite(values_N), f"{name}: {column} is not finite", NotFiniteError)
     lowest = UNUSED_ID if spec.kind.type == "mass" else 0
     for column, ids in (("token_id", scalars["token_id"]), ("a top-k id", ids_NK)):
         smallest = 0 if column == "token_id" else lowest
@@ -226,9 +225,4 @@ def check_rows(
             raise VocabularyError(f"{name}: {column} leaves the vocabulary {spec.vocab_size}")
     mass_N = np.exp(logprobs_NK).sum(axis=1) + np.exp(scalars["log_tail_mass"])
     good_N = np.abs(mass_N - 1.0) <= MASS_TOLERANCE + rounding
-    _require_rows(good_N, f"{name}: probabilities do not sum to 1", MassError)
-
-
-def _require_rows(good_N: npt.NDArray[np.bool_], problem: str, error: type[BadLabelError]) -> None:
-    if not good_N.all():
-        raise error(f"{problem} at labelled position {int(np.argmin(good_N))}")
+    require_rows(good_N, f"{name}: probabilities do not sum to 1", MassError)

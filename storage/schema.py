@@ -4,6 +4,7 @@ from typing import Final
 
 import pyarrow as pa
 
+from storage.columns import column_fields
 from storage.keys import LabelSetSpec, canonical_json
 from storage.labels import label_kind
 from storage.labels.topk import STEPS_PER_NAT
@@ -20,15 +21,10 @@ SCALAR_FIELDS = [
     pa.field("log_tail_mass", pa.float32(), nullable=False),
 ]
 
-OPTIONAL_SCALAR_FIELDS = {
-    "entropy": pa.field("entropy", pa.float32(), nullable=False),
-}
-
 
 def labels_schema(spec: LabelSetSpec) -> pa.Schema:
     """Schema of ``*.labels.arrow``: one row per labelled position."""
-    optional = [OPTIONAL_SCALAR_FIELDS[name] for name in spec.columns]
-    fields = SCALAR_FIELDS + optional + label_kind(spec.kind).fields()
+    fields = SCALAR_FIELDS + column_fields(spec) + label_kind(spec.kind).fields()
     return pa.schema(fields, metadata=_metadata(spec, "labels"))
 
 

@@ -54,11 +54,17 @@ class SampleRequest:
     prompt_ids_P: npt.NDArray[np.int32]
     """int32[P]: tokens given to the teacher."""
     response_ids_R: npt.NDArray[np.int32] | None
-    """int32[R]: the given response in score mode, None where the teacher answers."""
+    """int32[R]: the known response, None where the teacher has to answer. Known are those of score
+    mode, and stored answers that are scored again for more labels."""
     sources: tuple[Source, ...]
     """Every row that asked for this sample; equal prompts are one sample with several sources."""
     label_mask_R: npt.NDArray[np.bool_] | None = None
     """bool[R]: which tokens of a given response are labelled, None for all."""
+    finish_reason: str = "given"
+    """How a known response ended: that of its sample where the teacher's own, stored answer is
+    scored again. Part of neither the key nor a stored selection."""
+    stop_reason: str | None = None
+    """The stop string that ended a known response, if one did; stored as little."""
 
     @property
     def is_genuine(self) -> bool:

@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from storage.columns import Columns, check_columns, decode_columns, encode_columns, select_rows
 from storage.errors import ShardCorruptError
 from storage.ipc import ArrowFile, encode_file
 from storage.keys import LabelSetSpec
 from storage.labels import label_kind
+from storage.labels.base import DecodedLabels
 from storage.samples import LabelledSample, check_rows
-from storage.schema import labels_schema, samples_schema
+from storage.schema import SCALAR_FIELDS, labels_schema, samples_schema
 
 BATCH_ROWS = 8192
 """Aim for the rows of a record batch: the unit of random access and of verification."""
@@ -71,7 +73,7 @@ def _label_batches(
         for name in ("positions_N", "token_ids_N", "token_logprob_N", "token_rank_N"):
             columns.append(_concatenated(group, name))
         columns.append(_concatenated(group, "log_tail_mass_N"))
-        columns += [_concatenated(group, f"{name}_N") for name in spec.columns]
+        columns += encode_columns([sample.optional for sample in group], spec)
         columns += kind.encode(
             np.concatenate([sample.topk_ids_NK for sample in group]),
             np.concatenate([sample.topk_logprobs_NK for sample in group]),
@@ -160,12 +162,11 @@ class ShardReader:
             )
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
         ids_NK, logprobs_NK = self._kind.decode(columns)
-        scalars = {
-            name: columns[name].to_numpy()
-            for name in batch.schema.names
-            if not _is_list(columns[name].type)
-        }
-        check_rows(scalars, ids_NK, logprobs_NK, self._spec, name=f"{self._name}, batch {number}")
+        scalars = {field.name: columns[field.name].to_numpy() for field in SCALAR_FIELDS}
+        name = f"{self._name}, batch {number}"
+        check_rows(scalars, ids_NK, logprobs_NK, self._spec, name=name)
+        optional = decode_columns(columns, self._spec, name=name)
+        check_columns(optional, scalars["log_tail_mass"], self._spec, name=name)
         of_sample = scalars["sample"]
         starts = np.flatnonzero(np.diff(of_sample, prepend=-1)).tolist()
         spans = [
@@ -173,7 +174,7 @@ class ShardReader:
         ]
         rows = of_sample[starts].tolist()
         return [
-            (row, self._sample(facts, span, scalars, ids_NK, logprobs_NK))
+            (row, self._sample(facts, span, scalars, (ids_NK, logprobs_NK), optional))
             for row, facts, span in zip(rows, self._facts(rows), spans, strict=True)
         ]
 
@@ -182,8 +183,8 @@ class ShardReader:
         facts: dict[str, Any],
         span: slice,
         scalars: dict[str, np.ndarray],
-        ids_NK: np.ndarray,
-        logprobs_NK: np.ndarray,
+        topk: DecodedLabels,
+        optional: Columns,
     ) -> LabelledSample:
         response = facts["response_ids"]
         positions_N = scalars["position"][span]
@@ -205,9 +206,9 @@ class ShardReader:
             token_logprob_N=scalars["token_logprob"][span],
             token_rank_N=scalars["token_rank"][span],
             log_tail_mass_N=scalars["log_tail_mass"][span],
-            topk_ids_NK=ids_NK[span],
-            topk_logprobs_NK=logprobs_NK[span],
-            entropy_N=scalars["entropy"][span] if "entropy" in scalars else None,
+            topk_ids_NK=topk[0][span],
+            topk_logprobs_NK=topk[1][span],
+            optional=select_rows(optional, span),
             finish_reason=str(facts["finish_reason"]),
             stop_reason=None if facts["stop_reason"] is None else str(facts["stop_reason"]),
         )
@@ -263,7 +264,3 @@ def _values(column: pa.Array) -> Sequence[object]:
     valid = column.is_valid().to_pylist()
     spans = zip(offsets[:-1].tolist(), offsets[1:].tolist(), valid, strict=True)
     return [items[start:stop] if there else None for start, stop, there in spans]
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_nested(kind))

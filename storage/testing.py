@@ -2,9 +2,12 @@
 
 import numpy as np
 
+from storage.dense import label_sample_densely
 from storage.keys import (
+    ColumnSpec,
     GenerationSpec,
     LabelSetSpec,
+    MassSpec,
     SamplingSpec,
     TeacherFingerprint,
     TopKSpec,
@@ -13,9 +16,18 @@ from storage.keys import (
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
 
+__all__ = ["label_sample_densely", "make_sample", "make_spec"]
 
-def make_spec(*, k: int = 8, vocab_size: int = 100, seed: int = 0) -> LabelSetSpec:
-    """A label set spec as a small teacher would have it."""
+
+def make_spec(
+    *,
+    k: int = 8,
+    vocab_size: int = 100,
+    seed: int = 0,
+    kind: TopKSpec | MassSpec | None = None,
+    columns: tuple[ColumnSpec, ...] = ("entropy",),
+) -> LabelSetSpec:
+    """A label set spec as a small teacher would have it; ``kind`` replaces a fixed ``k``."""
     return LabelSetSpec(
         generation=GenerationSpec(
             teacher=TeacherFingerprint(weights="w" * 32, config="c" * 32),
@@ -26,8 +38,8 @@ def make_spec(*, k: int = 8, vocab_size: int = 100, seed: int = 0) -> LabelSetSp
                 temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=16, stop=(), seed=seed
             ),
         ),
-        kind=TopKSpec(k=k),
-        columns=("entropy",),
+        kind=kind or TopKSpec(k=k),
+        columns=columns,
         tail="exact",
         vocab_size=vocab_size,
     )
@@ -46,28 +58,3 @@ def make_sample(number: int, spec: LabelSetSpec, *, num_tokens: int = 5) -> Labe
     )
     request = SampleRequest(sample_key(prompt_P, 0), 0, prompt_P, None, ())
     return label_sample_densely(request, response_R, logprobs_RV, spec)
-
-
-def label_sample_densely(
-    request: SampleRequest, response_R: np.ndarray, logprobs_RV: np.ndarray, spec: LabelSetSpec
-) -> LabelledSample:
-    """The labels of a response from dense log-probs float64[R, V]: the obvious way."""
-    order_RV = np.argsort(-logprobs_RV, axis=1, kind="stable")
-    ids_RK = order_RV[:, : spec.kind.width].astype(np.int32)
-    rows = np.arange(len(response_R))
-    token_logprob_R = logprobs_RV[rows, response_R]
-    rest_R = np.exp(np.take_along_axis(logprobs_RV, order_RV[:, spec.kind.width :], 1)).sum(axis=1)
-    return LabelledSample(
-        key=request.key,
-        sample_index=request.sample_index,
-        prompt_ids_P=request.prompt_ids_P,
-        response_ids_R=response_R,
-        positions_N=rows.astype(np.int32),
-        token_logprob_N=token_logprob_R.astype(np.float32),
-        token_rank_N=(1 + (logprobs_RV > token_logprob_R[:, None]).sum(axis=1)).astype(np.int32),
-        log_tail_mass_N=np.log(np.maximum(rest_R, 1e-40)).astype(np.float32),
-        topk_ids_NK=ids_RK,
-        topk_logprobs_NK=np.take_along_axis(logprobs_RV, ids_RK, 1).astype(np.float32),
-        entropy_N=-(np.exp(logprobs_RV) * logprobs_RV).sum(axis=1).astype(np.float32),
-        finish_reason="length" if request.response_ids_R is None else "given",
-    )

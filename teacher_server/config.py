@@ -1,12 +1,22 @@
 """Settings of the teacher and of the labels. No torch or vllm import here."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from storage.config import Config
 from storage.errors import ConfigError
-from storage.keys import GenerationSpec, LabelSetSpec, SamplingSpec, TeacherFingerprint, TopKSpec
+from storage.keys import (
+    ColumnSpec,
+    GenerationSpec,
+    KindSpec,
+    LabelSetSpec,
+    SamplingSpec,
+    TeacherFingerprint,
+    TopKSpec,
+    canonical_columns,
+)
 
 
 class GgufModelConfig(Config):
@@ -51,6 +61,11 @@ class VllmBackendConfig(Config):
     enforce_eager: bool = False
     """Skip compilation: starts sooner, decodes slower. Always on for CPU."""
 
+    @property
+    def in_flight(self) -> int:
+        """Samples that one engine holds at the same time: its slots stay full."""
+        return 2 * self.max_num_seqs
+
 
 class TransformersBackendConfig(Config):
     """The reference: one sample at a time through transformers. Slow and obvious."""
@@ -60,6 +75,11 @@ class TransformersBackendConfig(Config):
     """Models that label side by side."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of one model."""
+
+    @property
+    def in_flight(self) -> int:
+        """Samples that one worker holds at the same time."""
+        return 1
 
 
 class FakeBackendConfig(Config):
@@ -72,6 +92,15 @@ class FakeBackendConfig(Config):
     """CPU threads of one worker."""
     crash_after_samples: int | None = Field(default=None, ge=0)
     """Kill the process after this many samples, to test recovery."""
+    poison_token: int | None = Field(default=None, ge=0)
+    """Kill the process at a prompt that holds this token id, to test the search for it."""
+    hang_token: int | None = Field(default=None, ge=0)
+    """Wait for ever at a prompt that holds this token id, to test deadlines."""
+
+    @property
+    def in_flight(self) -> int:
+        """Samples that one worker holds at the same time."""
+        return 1
 
 
 BackendConfig = Annotated[
@@ -122,21 +151,56 @@ class LabelConfig(Config):
     """What is recorded for every token."""
 
     mode: Literal["generate", "score"] = "generate"
-    """``generate``: the teacher answers the prompts. ``score``: the teacher rates the given
-    ``completion`` of every row."""
+    """``generate``: the teacher answers the prompts. ``score``: the teacher rates what is
+    given, a ``completion`` or the turns of the assistant."""
     sampling: SamplingConfig = SamplingConfig()
     """How responses are drawn; unused in score mode."""
-    kind: TopKSpec = TopKSpec()
-    """Soft labels per position."""
-    columns: tuple[Literal["entropy"], ...] = ("entropy",)
-    """Optional label columns."""
+    kind: KindSpec = TopKSpec()
+    """Soft labels per position; a section without ``type`` is of type ``topk``."""
+    columns: tuple[ColumnSpec, ...] = ("entropy",)
+    """Optional label columns, in any order. ``entropy``: exact Shannon entropy. ``power_sums``: for
+    temperatures other than 1. ``power_sum_10``: for the weights of the hybrid loss by power sums.
+    At most one section with a type samples single tokens of the tail."""
     commit_samples: int = Field(default=64, ge=1)
     """Samples per commit; a crash loses at most this many of each engine, plus those in flight."""
+    tail: Literal["exact", "topk"] = "exact"
+    """``exact``: tail mass and optional columns are summed over the full vocabulary inside the
+    engine. ``topk``: the tail is one minus the mass of the top-k, for engines that cannot do that;
+    another label set, without optional columns."""
+    max_bad_samples: float = Field(default=10, ge=0)
+    """Samples that may go to quarantine before the job fails: a number, or below 1 a share of all
+    that are requested."""
+    deadline_s: float = Field(default=1800.0, gt=0)
+    """Seconds without a finished sample after which an engine counts as hung and is replaced."""
+
+    def bad_samples_allowed(self, num_requested: int) -> int:
+        """Samples that may go to quarantine, of so many that are requested."""
+        share = self.max_bad_samples < 1
+        return int(self.max_bad_samples * num_requested if share else self.max_bad_samples)
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _kind_is_top_k(cls, kind: Any) -> Any:
+        return {"type": "topk", **kind} if isinstance(kind, Mapping) else kind
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_have_one_order(cls, columns: tuple[ColumnSpec, ...]) -> tuple[ColumnSpec, ...]:
+        return canonical_columns(columns)
 
     @model_validator(mode="after")
     def _score_samples_once(self) -> "LabelConfig":
         if self.mode == "score" and self.sampling != SamplingConfig():
             raise ValueError("sampling has no effect in score mode; remove the section")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_need_the_whole_vocabulary(self) -> "LabelConfig":
+        if self.tail == "topk" and self.columns:
+            raise ValueError(
+                "tail 'topk' knows the top-k only, optional columns need the whole vocabulary; set "
+                "columns to []"
+            )
         return self
 
 
@@ -179,10 +243,11 @@ def label_set_spec(
     Raises:
         ConfigError: if more tokens are wanted than the vocabulary has.
     """
-    if label.kind.k > vocab_size:
+    if label.kind.width > vocab_size:
+        name = "k" if isinstance(label.kind, TopKSpec) else "cap"
         raise ConfigError(
-            f"label.kind.k is {label.kind.k}, the teacher's vocabulary has {vocab_size} tokens; "
-            "lower it"
+            f"label.kind.{name} is {label.kind.width}, the teacher's vocabulary has {vocab_size} "
+            "tokens; lower it"
         )
     sampling = SamplingSpec(**label.sampling.model_dump(exclude={"samples_per_prompt"}))
     if isinstance(teacher.backend, FakeBackendConfig):
@@ -198,7 +263,7 @@ def label_set_spec(
             tokenizer=tokenizer if label.sampling.stop else None,
         ),
         kind=label.kind,
-        columns=tuple(sorted(set(label.columns))),
-        tail="exact",
+        columns=label.columns,
+        tail=label.tail,
         vocab_size=vocab_size,
     )

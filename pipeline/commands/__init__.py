@@ -11,6 +11,7 @@ COMMANDS = {
     "label": "pipeline.commands.label:label",
     "train": "pipeline.commands.train:train",
     "evaluate": "pipeline.commands.evaluate:evaluate",
+    "certify": "pipeline.commands.certify:certify",
     "ls": "pipeline.commands.ls:ls",
     "show": "pipeline.commands.show:show",
     "diff": "pipeline.commands.diff:diff",

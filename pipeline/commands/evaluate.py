@@ -14,13 +14,13 @@ def evaluate(
 ) -> None:
     """Measure all students on the held-out labels; trains those that are missing."""
     from pipeline.cluster import Cluster
-    from pipeline.run import plan_project, quality_table, train_project
+    from pipeline.run import labelled_plan, quality_table, train_project
     from pipeline.steps.evaluate import evaluate_students
     from storage.errors import ConfigError
 
     project = open_project(config, overrides, as_json=as_json)
     with project.running(), Cluster(project.config.cluster) as cluster:
-        teacher, plan = plan_project(project)
+        teacher, plan = labelled_plan(project)
         students = train_project(project, teacher, plan, cluster)
         evaluations = evaluate_students(project, students, plan, cluster)
     if not evaluations:

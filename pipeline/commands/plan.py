@@ -40,9 +40,20 @@ def plan(config: ConfigArgument, overrides: SetOption = None, as_json: JsonOptio
     project.say(
         f"to label: {found['upgrades'] + found['misses']} samples, "
         f"about {found['expected_prompt_tokens']} prompt and "
-        f"{found['expected_response_tokens']} response tokens, "
+        f"{found['expected_response_tokens']} response tokens through the teacher, "
         f"about {human_bytes(found['expected_bytes'])} on disk in {found['store']}"
     )
+    lengths = found["prompt_tokens"]
+    project.say(
+        "tokens of a prompt: "
+        + ", ".join(f"{name} {length}" for name, length in lengths.items())
+        + f"; the context has {planned.context}"
+    )
+    if found["cut_by_context"]:
+        project.say(
+            f"note: {found['cut_by_context']} prompts leave less room than "
+            "label.sampling.max_tokens; the context may cut their responses"
+        )
     if found["in_both_splits"]:
         project.say(f"note: {found['in_both_splits']} samples are in train and in held-out")
     for row in found["skipped_rows"]:

@@ -17,6 +17,9 @@ from pipeline.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from storage.label_set import LabelSet
     from storage.log import CommitLog
 
 SHOWN_COMMITS = 20
@@ -46,8 +49,11 @@ def show(
     )
     if as_json:
         print_json(found)
-    else:
-        console(as_json=False).print(Pretty(found, expand_all=True))
+        return
+    out = console(as_json=False)
+    out.print(Pretty({n: v for n, v in found.items() if n != "certificate"}, expand_all=True))
+    if not is_run:
+        show_certificate(found["certificate"], out)
 
 
 def describe_run(name: str, folder: Path) -> dict[str, Any]:
@@ -63,7 +69,7 @@ def describe_run(name: str, folder: Path) -> dict[str, Any]:
 
 
 def describe_label_set(key: str, store: str, num_commits: int) -> dict[str, Any]:
-    """A label set by its key or a unique beginning of it, with its last commits.
+    """A label set by its key or a unique beginning of it, with its certificate and last commits.
 
     Raises:
         LabelStoreError: if there is none, or it is damaged.
@@ -79,8 +85,52 @@ def describe_label_set(key: str, store: str, num_commits: int) -> dict[str, Any]
         "generation_key": label_set.spec.generation.key,
         "provenance": label_set.document.provenance,
         "totals": {field: getattr(totals, field) for field in totals.__slots__},
+        "certificate": describe_certificate(label_set),
+        "quarantined": quarantined(label_set),
         "commits": last_commits(label_set.log, num_commits),
     }
+
+
+def describe_certificate(label_set: "LabelSet") -> dict[str, Any] | None:
+    """The newest certificate and whether it is ``current``; of a damaged one its ``error``."""
+    from storage.certificate import is_current, newest_certificate
+    from storage.errors import LabelStoreError
+
+    try:
+        found = newest_certificate(label_set)
+    except LabelStoreError as error:
+        return {"error": str(error)}
+    if found is None:
+        return None
+    return {**found.model_dump(mode="json"), "current": is_current(label_set, found)}
+
+
+def show_certificate(described: dict[str, Any] | None, out: "Console") -> None:
+    """A described certificate for people."""
+    if described is None:
+        out.print("certificate: none, make one with `distill certify`", soft_wrap=True)
+        return
+    from pipeline.commands.certify import print_certificate
+    from storage.certificate import Certificate
+
+    if "error" in described:
+        out.print(f"certificate: {described['error']}", soft_wrap=True, markup=False)
+        return
+    document = {name: value for name, value in described.items() if name != "current"}
+    print_certificate(Certificate.model_validate(document), out, is_current=described["current"])
+
+
+def quarantined(label_set: "LabelSet") -> list[dict[str, Any]]:
+    """Samples that could not be labelled and why; of a damaged entry its ``error``."""
+    from storage.errors import LabelStoreError
+    from storage.quarantine import Quarantine
+
+    try:
+        found = Quarantine(label_set).samples()
+    except LabelStoreError as error:
+        return [{"error": str(error)}]
+    shown = {"sample", "reason", "detail", "created_at"}
+    return [sample.model_dump(mode="json", include=shown) for sample in found]
 
 
 def last_commits(log: "CommitLog", count: int) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from pipeline.project import Project
 from pipeline.steps.prepare import PreparedTeacher
 from storage.errors import InputError
@@ -22,6 +24,11 @@ SCALAR_BYTES = 14
 """Measured bytes per token of the scalar columns of a shard."""
 BYTES_PER_STORED_TOKEN = 2.5
 """Measured bytes per top-k entry of a shard, about the same for every k."""
+PROMPTS_VERSION = 2
+"""Part of every plan's key; raised when the same rows give other samples. 2: in score mode all
+turns of the assistant are labelled, not the last one only."""
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PERCENTILES = (50, 90)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,8 @@ class Plan:
     selection_keys: dict[str, str]
     skipped_rows: tuple[str, ...]
     """Rows that were left out because ``data.on_bad_row`` is ``skip``."""
+    context: int
+    """Tokens that the teacher can attend to."""
 
     def requests(self) -> list[SampleRequest]:
         """All samples of all splits, each once, in order."""
@@ -67,9 +76,11 @@ def make_plan(project: Project, teacher: PreparedTeacher) -> Plan:
     sources = {"train": config.data.train, "heldout": config.data.heldout}
     key = key_of(
         {
+            "version": PROMPTS_VERSION,
             "files": {name: _content(project, files) for name, files in sources.items()},
             "on_bad_row": config.data.on_bad_row,
             "tokenizer": teacher.tokenizer,
+            "tokenizer_settings": _tokenizer_settings(project, Path(teacher.model.directory)),
             "chat_template": teacher.chat_template,
             "mode": config.label.mode,
             "samples_per_prompt": config.label.sampling.samples_per_prompt,
@@ -84,13 +95,22 @@ def make_plan(project: Project, teacher: PreparedTeacher) -> Plan:
         project.write_json(name, known)
     objects = project.store.objects
     selections = {split: load_selection(objects, known["selections"][split]) for split in SPLITS}
-    return Plan(spec, selections, known["selections"], tuple(known["skipped_rows"]))
+    return Plan(
+        spec, selections, known["selections"], tuple(known["skipped_rows"]), teacher.context
+    )
 
 
 def _stored(project: Project, known: dict[str, Any]) -> bool:
     """Whether the store, which may be new or emptied, has the selections of a cached plan."""
     stored = set(project.store.objects.paths("selections"))
     return all(f"selections/{key}.arrow" in stored for key in known["selections"].values())
+
+
+def _tokenizer_settings(project: Project, directory: Path) -> dict[str, str]:
+    """Digests of what decides on special tokens, and of templates beside the main one."""
+    files = [directory / name for name in TOKENIZER_SETTINGS]
+    files += sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    return {file.name: project.memo.digest(file) for file in files if file.is_file()}
 
 
 def _content(project: Project, sources: tuple[DataSource, ...]) -> list[Any]:
@@ -156,12 +176,18 @@ def _all(prompts: dict[str, Prompts]) -> Prompts:
 
 
 def forecast(project: Project, plan: Plan) -> dict[str, Any]:
-    """What is stored, and the expected tokens and bytes of the rest, before anything is spent."""
+    """What is stored, and the expected tokens and bytes of the rest, before anything is spent.
+
+    ``prompt_tokens`` and ``cut_by_context`` are of all prompts, cached or not, each counted once
+    however many responses are drawn; what begins with ``expected`` is of the samples to label.
+    """
     view = project.store.view(plan.spec)
     requests = plan.requests()
     states = _states(view, requests)
     to_label = [r for r in requests if states[r.key] != "hits"]
     expected = expected_response_tokens(plan, to_label, view)
+    prompt_tokens = sum(len(r.prompt_ids_P) for r in to_label)
+    labelled = expected - sum(map(_unlabelled, to_label))
     per_token = SCALAR_BYTES + BYTES_PER_STORED_TOKEN * plan.spec.kind.width
     shared = set(plan.selections["train"].sample_keys) & set(plan.selections["heldout"].sample_keys)
     return {
@@ -178,8 +204,12 @@ def forecast(project: Project, plan: Plan) -> dict[str, Any]:
         **_counts(states, requests),
         "in_both_splits": len(shared),
         "expected_response_tokens": expected,
-        "expected_prompt_tokens": sum(len(r.prompt_ids_P) for r in to_label),
-        "expected_bytes": round(expected * per_token),
+        "expected_prompt_tokens": prompt_tokens,
+        "expected_forward_tokens": prompt_tokens + expected,
+        "expected_labelled_tokens": labelled,
+        "expected_bytes": round(labelled * per_token),
+        "prompt_tokens": _prompt_lengths(requests),
+        "cut_by_context": _cut_by_context(plan, requests),
         "skipped_rows": list(plan.skipped_rows),
     }
 
@@ -204,7 +234,8 @@ def expected_response_tokens(plan: Plan, requests: Sequence[SampleRequest], view
     """Response tokens that labelling these samples will make.
 
     Exact in score mode; otherwise the mean length of the responses that this teacher gave so far
-    with this sampling, whatever was stored of them, or the limit if it gave none.
+    with this sampling, whatever was stored of them, or the limit if it gave none: ``max_tokens``,
+    or what the context leaves.
     """
     sampling = plan.spec.generation.sampling
     if sampling is None:
@@ -212,8 +243,38 @@ def expected_response_tokens(plan: Plan, requests: Sequence[SampleRequest], view
     totals = [label_set.totals() for label_set in (*view.sets, *view.upgradable)]
     num_samples = sum(found.num_samples for found in totals)
     if num_samples == 0:
-        return len(requests) * sampling.max_tokens
+        return sum(min(sampling.max_tokens, _room(plan, request)) for request in requests)
     return round(len(requests) * sum(found.num_tokens for found in totals) / num_samples)
+
+
+def _prompt_lengths(requests: Sequence[SampleRequest]) -> dict[str, int]:
+    """Percentiles of the tokens of a prompt, each a length that occurs."""
+    lengths = [len(request.prompt_ids_P) for request in requests if request.sample_index == 0]
+    found = np.percentile(lengths, [*PERCENTILES, 100], method="inverted_cdf")
+    names = (*(f"p{percentile}" for percentile in PERCENTILES), "max")
+    return {name: int(length) for name, length in zip(names, found, strict=True)}
+
+
+def _cut_by_context(plan: Plan, requests: Sequence[SampleRequest]) -> int:
+    """Prompts whose responses the context may end before ``max_tokens`` does."""
+    sampling = plan.spec.generation.sampling
+    if sampling is None:
+        return 0
+    return sum(
+        _room(plan, request) < sampling.max_tokens
+        for request in requests
+        if request.sample_index == 0
+    )
+
+
+def _room(plan: Plan, request: SampleRequest) -> int:
+    """Tokens that the context leaves for the response."""
+    return plan.context - len(request.prompt_ids_P)
+
+
+def _unlabelled(request: SampleRequest) -> int:
+    """Response tokens that the label mask leaves out."""
+    return 0 if request.label_mask_R is None else int((~request.label_mask_R).sum())
 
 
 def _length(request: SampleRequest) -> int:

@@ -175,7 +175,7 @@ def _job(
         "label set": plan.spec.key,
         "labels": (
             f"{plan.spec.generation.mode}, {kind_text(plan.spec)}, "
-            f"columns {', '.join(plan.spec.columns) or 'none'}"
+            f"columns {', '.join(map(str, plan.spec.columns)) or 'none'}"
         ),
         "sampling": "given responses" if sampling is None else sampling.model_dump_json(),
         "selection": plan.selection_keys["train"],

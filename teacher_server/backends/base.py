@@ -41,6 +41,10 @@ class TeacherBackend(Protocol):
         """Label samples, yielding each as soon as it is finished, in any order.
 
         Requests are pulled as the engine has room, so neither they nor the results pile up.
+
+        A request with a response is scored, whatever the mode: it may be a stored answer that gets
+        more labels. Its sample ends as the request says (``finish_reason``, ``stop_reason``), and
+        only positions where ``label_mask_R`` is true are labelled.
         """
 
     def close(self) -> None:

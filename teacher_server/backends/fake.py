@@ -1,19 +1,20 @@
 """A teacher without a model: distributions that depend on the last token and the position.
 
-For tests and dry runs. It keeps every promise of the interface (real distributions, exact tail,
-sampling by the sample's own seed), and can die on request.
+For tests and dry runs. It keeps every promise of the interface (real distributions, exact columns,
+sampling by the sample's own seed), and can die or hang on request.
 """
 
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from storage.dense import label_sample_densely
 from storage.keys import sampling_seed
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
-from storage.testing import label_sample_densely
 from teacher_server.backends.base import TeacherJob
 from teacher_server.config import FakeBackendConfig
 from teacher_server.errors import TeacherError
@@ -30,7 +31,7 @@ class FakeBackend:
         self.forward_tokens = 0
         self._spec = job.spec
         self._max_model_len = job.max_model_len
-        self._crash_after = job.backend.crash_after_samples
+        self._faults = job.backend
         self._finished = 0
 
     def describe(self) -> dict[str, str]:
@@ -43,10 +44,17 @@ class FakeBackend:
     def label(self, requests: Iterable[SampleRequest]) -> Iterator[LabelledSample]:
         """See the protocol."""
         for request in requests:
-            if self._crash_after is not None and self._finished >= self._crash_after:
-                os.kill(os.getpid(), signal.SIGKILL)
+            self._fail_as_asked(request)
             self._finished += 1
             yield self._label_one(request)
+
+    def _fail_as_asked(self, request: SampleRequest) -> None:
+        faults, prompt = self._faults, request.prompt_ids_P.tolist()
+        limit = faults.crash_after_samples
+        if (limit is not None and self._finished >= limit) or faults.poison_token in prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while faults.hang_token in prompt:
+            time.sleep(3600)
 
     def _label_one(self, request: SampleRequest) -> LabelledSample:
         sampling = self._spec.generation.sampling

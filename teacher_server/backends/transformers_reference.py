@@ -1,39 +1,46 @@
-"""The embedded reference: one sample at a time, every step written out. The oracle of the tests."""
+"""The embedded reference: one sample at a time, every step written out. The oracle of the tests.
+
+Logits are those of the model's own forward pass, whatever it does behind its output layer (bias,
+soft caps, scales). Only the output layer itself is exchanged, for one in the dtype of the head.
+"""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import __version__ as transformers_version
 
-from storage.keys import SamplingSpec, sampling_seed
+from storage.fingerprint import TOKENIZER_FILES
+from storage.keys import SamplingSpec, TeacherFingerprint, sampling_seed
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
 from teacher_server.backends.base import TeacherJob
+from teacher_server.dense_rows import CHUNK_ROWS, RowLabels, joined, label_rows
 from teacher_server.errors import TeacherError
-
-LOG_ZERO = -100.0
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+from teacher_server.stop_strings import StopStrings
 
 
 class TransformersBackend:
     """Labels through a plain transformers forward pass on CPU or GPU.
 
     Raises:
-        TeacherError: for stop strings, and for a model whose head is not a plain linear map.
+        TeacherError: for adapters and on-the-fly quantisation, for stop strings without a
+            tokenizer, and for a model that does not use its output layer.
     """
 
     def __init__(self, job: TeacherJob) -> None:
         generation = job.spec.generation
-        if generation.sampling is not None and generation.sampling.stop:
-            raise TeacherError("the transformers backend knows no stop strings; use vllm")
+        _require_plain_weights(generation.teacher)
         torch.set_num_threads(job.backend.threads)
         self.forward_tokens = 0
         self._job = job
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._tokenizer = _load_tokenizer(job)
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             job.model,
             dtype=getattr(torch, generation.compute_dtype),
@@ -42,11 +49,10 @@ class TransformersBackend:
             trust_remote_code=generation.teacher.trust_remote_code,
         ).to(self._device)
         self._model.eval()
-        _require_plain_head(self._model)
-        self._head_dtype = getattr(torch, generation.head_dtype)
-        self._head_weight = self._model.get_output_embeddings().weight.to(self._head_dtype)
-        ends = self._model.generation_config.eos_token_id
-        self._ends = set(ends) if isinstance(ends, list) else {ends}
+        head_dtype = getattr(torch, generation.head_dtype)
+        self._head = OutputLayer(self._model.get_output_embeddings(), head_dtype)
+        self._model.set_output_embeddings(self._head)
+        self._ends = _end_tokens(self._model, self._tokenizer)
 
     def describe(self) -> dict[str, str]:
         """Engine, version and device."""
@@ -58,96 +64,210 @@ class TransformersBackend:
 
     def close(self) -> None:
         """Free the model."""
-        del self._model
+        del self._model, self._head
 
     @torch.inference_mode()
     def label(self, requests: Iterable[SampleRequest]) -> Iterator[LabelledSample]:
         """See the protocol."""
         for request in requests:
-            sampling = self._job.spec.generation.sampling
-            if request.response_ids_R is not None or sampling is None:
-                yield self._score(request)
+            if request.response_ids_R is not None:
+                yield self._score(request, request.response_ids_R)
             else:
+                sampling = self._job.spec.generation.sampling
+                assert sampling is not None, "a request of score mode has a response"
                 yield self._generate(request, sampling)
 
-    def _score(self, request: SampleRequest) -> LabelledSample:
-        assert request.response_ids_R is not None
-        tokens = np.concatenate([request.prompt_ids_P, request.response_ids_R])
-        logprobs_TV, _ = self._forward(torch.tensor(tokens[:-1], dtype=torch.long), None)
-        rows_RV = logprobs_TV[len(request.prompt_ids_P) - 1 :]
-        return self._sample(request, request.response_ids_R, rows_RV, "given", None)
+    # -- known responses --------------------------------------------------------------------------
+    def _score(self, request: SampleRequest, response_R: npt.NDArray[np.int32]) -> LabelledSample:
+        mask_R = request.label_mask_R
+        positions_N = np.arange(len(response_R)) if mask_R is None else np.flatnonzero(mask_R)
+        tokens = np.concatenate([request.prompt_ids_P, response_R])[:-1]
+        # the row that predicts response token r is that of the token before it
+        rows_N = torch.as_tensor(len(request.prompt_ids_P) - 1 + positions_N)
+        logits_NV, _ = self._forward(torch.as_tensor(tokens, dtype=torch.long), rows_N)
+        parts = [
+            self._label(
+                request,
+                logits_NV[start : start + CHUNK_ROWS].float().log_softmax(dim=-1),
+                response_R,
+                positions_N[start : start + CHUNK_ROWS],
+            )
+            # one empty part where nothing is labelled
+            for start in range(0, max(1, len(positions_N)), CHUNK_ROWS)
+        ]
+        return self._sample(
+            request,
+            response_R,
+            positions_N,
+            joined(parts),
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
 
+    # -- answers ----------------------------------------------------------------------------------
     def _generate(self, request: SampleRequest, sampling: SamplingSpec) -> LabelledSample:
         generator = torch.Generator().manual_seed(sampling_seed(sampling.seed, request.key))
-        room = self._job.max_model_len - len(request.prompt_ids_P)
-        fresh = torch.tensor(request.prompt_ids_P, dtype=torch.long)
+        limit = min(sampling.max_tokens, self._job.max_model_len - len(request.prompt_ids_P))
+        stop_strings = None
+        if sampling.stop:
+            stop_strings = StopStrings(
+                self._tokenizer, request.prompt_ids_P.tolist(), sampling.stop
+            )
+        fresh = torch.as_tensor(request.prompt_ids_P, dtype=torch.long)
         rows: list[Tensor] = []
+        parts: list[RowLabels] = []
         response: list[int] = []
-        cache = None
-        finish_reason = "length"
-        while len(response) < min(sampling.max_tokens, room):
-            logprobs_TV, cache = self._forward(fresh, cache)
-            rows.append(logprobs_TV[-1])
-            live_V = logprobs_TV[-1, : self._job.spec.vocab_size]
+        cache, finish_reason, stop_reason = None, "length", None
+        while len(response) < limit and finish_reason == "length":
+            last = torch.tensor([len(fresh) - 1])
+            logits_NV, cache = self._forward(fresh, last, cache)
+            rows.append(logits_NV[0].float().log_softmax(dim=-1))
+            live_V = rows[-1][: self._job.spec.vocab_size].cpu()
             response.append(draw(live_V, sampling, generator))
             if response[-1] in self._ends:
                 finish_reason = "stop"
-                break
+            elif stop_strings is not None:
+                stop_reason = stop_strings.completed_by(response[-1])
+                finish_reason = "length" if stop_reason is None else "stop"
+            if len(rows) == CHUNK_ROWS:
+                parts.append(self._label_last(request, rows, response))
+                rows = []
             fresh = torch.tensor(response[-1:])
-        ids = np.array(response, dtype=np.int32)
-        return self._sample(request, ids, torch.stack(rows), finish_reason, None)
-
-    def _forward(self, tokens_T: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Log-probs float32[T, V] over the full (padded) vocabulary, and the key-value cache."""
-        self.forward_tokens += len(tokens_T)
-        output = self._model.base_model(
-            input_ids=tokens_T[None].to(self._device), past_key_values=cache, use_cache=True
+        if rows or not parts:
+            parts.append(self._label_last(request, rows, response))
+        return self._sample(
+            request,
+            np.array(response, dtype=np.int32),
+            np.arange(len(response)),
+            joined(parts),
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
         )
-        hidden_TH = output.last_hidden_state[0].to(self._head_dtype)
-        logprobs_TV = (hidden_TH @ self._head_weight.t()).float().log_softmax(dim=-1)
-        return logprobs_TV.cpu(), output.past_key_values
+
+    def _label_last(
+        self, request: SampleRequest, rows: list[Tensor], response: list[int]
+    ) -> RowLabels:
+        """Labels of the last tokens, as many as there are rows."""
+        logprobs_NV = torch.stack(rows) if rows else torch.zeros(0, len(self._head.weight))
+        positions_N = np.arange(len(response) - len(rows), len(response))
+        return self._label(request, logprobs_NV, np.array(response, np.int32), positions_N)
+
+    # -- both -------------------------------------------------------------------------------------
+    def _forward(self, tokens_T: Tensor, rows_N: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """Logits [N, V] behind some of the tokens, and the key-value cache.
+
+        V are all rows of the output layer, padding included.
+        """
+        self.forward_tokens += len(tokens_T)
+        calls = self._head.calls
+        output = self._model(
+            input_ids=tokens_T[None].to(self._device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=rows_N.to(self._device),
+        )
+        if self._head.calls == calls:
+            raise TeacherError(
+                f"{type(self._model).__name__} makes its logits without its output layer, so "
+                "head_dtype cannot be kept; use the vllm backend"
+            )
+        return output.logits[0], output.past_key_values
+
+    def _label(
+        self,
+        request: SampleRequest,
+        logprobs_NV: Tensor,
+        response_R: npt.NDArray[np.int32],
+        positions_N: npt.NDArray[np.int64],
+    ) -> RowLabels:
+        return label_rows(
+            logprobs_NV, response_R[positions_N], positions_N, self._job.spec, request.key
+        )
 
     def _sample(
         self,
         request: SampleRequest,
-        response_R: np.ndarray,
-        logprobs_RV: Tensor,
+        response_R: npt.NDArray[np.int32],
+        positions_N: npt.NDArray[np.int64],
+        labels: RowLabels,
+        *,
         finish_reason: str,
         stop_reason: str | None,
     ) -> LabelledSample:
-        live_RV = logprobs_RV[:, : self._job.spec.vocab_size]
-        topk = live_RV.topk(self._job.spec.kind.width, dim=-1)
-        token_R1 = live_RV.gather(1, torch.tensor(response_R, dtype=torch.long)[:, None])
-        probabilities_RV = logprobs_RV.double().exp()
-        tail_R = probabilities_RV.scatter(1, topk.indices, 0.0).sum(dim=-1).log()
-        terms = torch.where(probabilities_RV > 0, probabilities_RV * logprobs_RV, 0.0)
-        wants_entropy = "entropy" in self._job.spec.columns
         return LabelledSample(
             key=request.key,
             sample_index=request.sample_index,
             prompt_ids_P=request.prompt_ids_P,
             response_ids_R=response_R,
-            positions_N=np.arange(len(response_R), dtype=np.int32),
-            token_logprob_N=token_R1[:, 0].numpy(),
-            token_rank_N=(1 + (live_RV > token_R1).sum(dim=-1)).int().numpy(),
-            log_tail_mass_N=tail_R.clamp_min(LOG_ZERO).float().numpy(),
-            topk_ids_NK=topk.indices.int().numpy(),
-            topk_logprobs_NK=topk.values.numpy(),
-            entropy_N=-terms.sum(dim=-1).float().numpy() if wants_entropy else None,
+            positions_N=positions_N.astype(np.int32),
+            token_logprob_N=labels.token_logprob_N,
+            token_rank_N=labels.token_rank_N,
+            log_tail_mass_N=labels.log_tail_mass_N,
+            topk_ids_NK=labels.topk_ids_NK,
+            topk_logprobs_NK=labels.topk_logprobs_NK,
+            optional=labels.optional,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
         )
 
 
-def _require_plain_head(model: Any) -> None:
-    found = [n for n in LOGIT_TRANSFORMS if getattr(model.config, n, None) not in (None, 1, 1.0)]
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        found.append("lm_head.bias")
+class OutputLayer(torch.nn.Module):
+    """A model's own output layer, computed in the dtype of the head.
+
+    Args:
+        layer: Linear; it may have a bias.
+        dtype: Of weights, bias and logits.
+    """
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        bias = getattr(layer, "bias", None)
+        self.weight: Tensor = layer.weight.detach().to(dtype)
+        """[V, H]; shared with the layer where it has the dtype already."""
+        self.bias: Tensor | None = None if bias is None else bias.detach().to(dtype)
+        self.calls = 0
+        """Times that the model used this layer."""
+
+    def forward(self, hidden_NH: Tensor) -> Tensor:
+        """Logits [..., V]."""
+        self.calls += 1
+        return torch.nn.functional.linear(hidden_NH.to(self.weight.dtype), self.weight, self.bias)
+
+
+def _require_plain_weights(teacher: TeacherFingerprint) -> None:
+    found = "LoRA adapters" if teacher.adapters else None
+    if teacher.quantization is not None:
+        found = f"{teacher.quantization} quantisation"
     if found:
         raise TeacherError(
-            f"the transformers backend multiplies hidden states by lm_head and nothing else, this "
-            f"teacher also has {', '.join(found)}; use the vllm backend"
+            f"the transformers backend loads weights as they are stored and knows no {found}; use "
+            "the vllm backend"
         )
+
+
+def _load_tokenizer(job: TeacherJob) -> Any:
+    """The tokenizer of the teacher, None if its directory has none and none is needed."""
+    sampling = job.spec.generation.sampling
+    if any((Path(job.model) / name).is_file() for name in TOKENIZER_FILES):
+        return AutoTokenizer.from_pretrained(
+            job.model,
+            local_files_only=True,
+            trust_remote_code=job.spec.generation.teacher.trust_remote_code,
+        )
+    if sampling is not None and sampling.stop:
+        raise TeacherError(
+            f"stop strings are searched in text, and {job.model!r} has no tokenizer; add its files "
+            f"({', '.join(TOKENIZER_FILES)}) or remove label.sampling.stop"
+        )
+    return None
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Ids that end a response: those of the generation config, and the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    found = set(ends) if isinstance(ends, list | tuple) else {ends}
+    found.add(None if tokenizer is None else tokenizer.eos_token_id)
+    return found - {None}
 
 
 def draw(logprobs_V: Tensor, sampling: SamplingSpec, generator: torch.Generator) -> int:

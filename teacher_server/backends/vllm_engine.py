@@ -6,22 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from storage.keys import sampling_seed
+from storage.keys import SamplingSpec, sampling_seed
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
-from storage.tail import log_tail_mass_of
+from teacher_server.backends import vllm_capture, vllm_self_test
 from teacher_server.backends.base import TeacherJob
-from teacher_server.backends.vllm_capture import EXTENSION, EXTRA_COLUMNS, SUPPORTED_VERSIONS
+from teacher_server.backends.vllm_rows import RowLayout, captured_layout
+from teacher_server.backends.vllm_samples import (
+    EngineRows,
+    engine_rows,
+    joined,
+    labelled_positions,
+    to_sample,
+)
 from teacher_server.config import VllmBackendConfig
 from teacher_server.errors import CaptureError, TeacherError
 
 NEVER_SAMPLED = -100.0
 """Added to the logits of padded ids: the strongest bias that vLLM accepts."""
 
-SELF_TEST_TOKENS = 4
-SELF_TEST_TOLERANCE_NATS = 1e-3
-SELF_TEST_TAIL_TOLERANCE = 1e-4
-"""Probability, not nats: the reference tail is one minus a float32 sum."""
+HIGHEST_TEMPERATURE = 2.0
+
+MOST_LOGPROBS = 2**20
+"""More than any vocabulary has: the self-test reads whole rows."""
 
 
 def vllm_environment(backend: VllmBackendConfig) -> dict[str, str]:
@@ -45,118 +52,165 @@ def vllm_environment(backend: VllmBackendConfig) -> dict[str, str]:
     }
 
 
+def _require_possible(job: TeacherJob) -> None:
+    """Refuse what vLLM would refuse for every sample, before an engine is started."""
+    sampling = job.spec.generation.sampling
+    if sampling is not None and sampling.temperature > HIGHEST_TEMPERATURE:
+        raise TeacherError(
+            f"label.sampling.temperature is {sampling.temperature}, vLLM takes at most "
+            f"{HIGHEST_TEMPERATURE}; lower it or use the transformers backend"
+        )
+    if job.spec.generation.teacher.adapters:
+        raise TeacherError("the vllm backend runs no LoRA adapters; merge them into the model")
+
+
 class VllmBackend:
     """Labels through one in-process vLLM engine.
 
+    Exact tail mass and optional columns come out of vLLM's worker (``vllm_capture.py``). Labels
+    with ``tail: topk`` and no columns are read from vLLM's public log-probs.
+
     Raises:
-        TeacherError: if the installed vLLM is not a supported release.
+        TeacherError: if the labels need private parts of an unsupported vLLM, or what vLLM or this
+            backend cannot do.
         CaptureError: if the labels of a short self-test disagree with vLLM's public log-probs.
     """
 
     def __init__(self, job: TeacherJob) -> None:
         assert isinstance(job.backend, VllmBackendConfig)
+        _require_possible(job)
         os.environ.update(vllm_environment(job.backend))
         import vllm
         import vllm.inputs
         import vllm.platforms
         import vllm.sampling_params
 
-        if not vllm.__version__.startswith(SUPPORTED_VERSIONS):
-            raise TeacherError(
-                f"vLLM {vllm.__version__} is installed, supported are "
-                f"{', '.join(v + 'x' for v in SUPPORTED_VERSIONS)}; run `distill doctor`"
-            )
-        self.forward_tokens = 0
         self._vllm = vllm
         self._job = job
-        self._k = job.spec.kind.width
+        self._needs_hook = job.spec.tail == "exact" or bool(job.spec.columns)
+        if self._needs_hook:
+            vllm_capture.require_supported(vllm.__version__)
+        self.forward_tokens = 0
         self._on_cpu = vllm.platforms.current_platform.is_cpu()
         self._llm = vllm.LLM(**self._engine_options(job.backend))
+        self._model_vocab_size: int = self._llm.model_config.get_vocab_size()
         # rows of a padded embedding must not be sampled; the recorded log-probs are taken before
-        padded = range(job.spec.vocab_size, self._llm.model_config.get_vocab_size())
+        padded = range(job.spec.vocab_size, self._model_vocab_size)
         self._padding_bias = dict.fromkeys(padded, NEVER_SAMPLED) or None
-        self._runner = "unpatched"
-        self._install_capture()
+        # without the hook ids of the padding may be among the likeliest, and are left out here
+        self._layout = RowLayout(job.spec.kind.width + len(padded))
+        self._facts = {"capture": "public"}
+        self._start_capture()
 
     def _engine_options(self, backend: VllmBackendConfig) -> dict[str, Any]:
         generation = self._job.spec.generation
+        max_model_len = self._job.max_model_len
         options: dict[str, Any] = {
             "model": self._job.model,
             "dtype": generation.compute_dtype,
             "tensor_parallel_size": backend.tensor_parallel,
             "max_num_seqs": backend.max_num_seqs,
-            "max_num_batched_tokens": max(
-                backend.max_num_batched_tokens, self._job.max_model_len, backend.max_num_seqs
-            ),
-            "max_model_len": self._job.max_model_len,
-            "max_logprobs": self._k + EXTRA_COLUMNS,
+            "max_num_batched_tokens": max(backend.max_num_batched_tokens, backend.max_num_seqs),
+            "max_model_len": max_model_len,
+            "max_logprobs": MOST_LOGPROBS,
             "logprobs_mode": "raw_logprobs",
-            "worker_extension_cls": EXTENSION,
             "trust_remote_code": generation.teacher.trust_remote_code,
             "enforce_eager": backend.enforce_eager or self._on_cpu,
             "disable_log_stats": True,
             "seed": 0,
         }
+        if self._needs_hook:
+            options["worker_extension_cls"] = vllm_capture.EXTENSION
+        if generation.teacher.quantization is not None:
+            options["quantization"] = generation.teacher.quantization
         if generation.head_dtype != generation.compute_dtype:
             options["hf_overrides"] = {"head_dtype": generation.head_dtype}
-        if not self._on_cpu:
+        if self._on_cpu:
+            # a prompt in pieces kills vLLM on CPU when its request has a seed
+            options["enable_chunked_prefill"] = False
+            room = max_model_len + backend.max_num_seqs
+            options["max_num_batched_tokens"] = max(backend.max_num_batched_tokens, room)
+        else:
             options["gpu_memory_utilization"] = backend.gpu_memory_utilization
         return options
 
     def describe(self) -> dict[str, str]:
-        """Engine, version, model runner and device."""
+        """Engine, version and device; how the labels are captured and how rows are collected."""
         return {
             "backend": "vllm",
             "engine_version": self._vllm.__version__,
-            "model_runner": self._runner,
             "device": self._vllm.platforms.current_platform.device_name,
+            **self._facts,
         }
 
     # -- labelling --------------------------------------------------------------------------------
     def label(self, requests: Iterable[SampleRequest]) -> Iterator[LabelledSample]:
-        """See the protocol. The engine always holds up to twice its decoding slots."""
+        """See the protocol. The engine always holds up to twice its decoding slots.
+
+        Raises:
+            CaptureError: if the rows of a sample are not those of its tokens.
+        """
         assert isinstance(self._job.backend, VllmBackendConfig)
         room = 2 * self._job.backend.max_num_seqs
         engine = self._llm.llm_engine
         pending: dict[str, SampleRequest] = {}
         source = iter(requests)
         exhausted = False
-        while pending or not exhausted:
-            while not exhausted and len(pending) < room:
-                request = next(source, None)
-                if request is None:
-                    exhausted = True
-                else:
-                    pending[request.key] = request
-                    engine.add_request(request.key, self._prompt(request), self._params(request))
-            if not pending:
-                break
-            for output in engine.step():
-                if output.finished:
-                    yield self._sample(pending.pop(output.request_id), output)
+        try:
+            while pending or not exhausted:
+                while not exhausted and len(pending) < room:
+                    request = next(source, None)
+                    if request is None:
+                        exhausted = True
+                    else:
+                        pending[request.key] = request
+                        engine.add_request(*self._engine_request(request))
+                if not pending:
+                    break
+                for output in engine.step():
+                    if output.finished:
+                        yield self._sample(pending.pop(output.request_id), output)
+        finally:
+            if pending:  # the caller gave up, or the engine did
+                engine.abort_request(list(pending))
 
-    def _prompt(self, request: SampleRequest) -> Any:
+    def _engine_request(self, request: SampleRequest, *, with_flat: bool = False) -> Any:
+        """Id, prompt and parameters.
+
+        A given response goes to the engine as part of the prompt, but for its last token: that one
+        is sampled as the only one allowed, so that no step and no room is spent behind it.
+        """
         ids = request.prompt_ids_P.tolist()
-        if request.response_ids_R is not None:
-            ids += request.response_ids_R.tolist()
-        return self._vllm.inputs.TokensPrompt(prompt_token_ids=ids)
+        rows = None
+        if request.response_ids_R is None:
+            params = self._generating(request)
+        else:
+            ids += request.response_ids_R[:-1].tolist()
+            rows = len(request.prompt_ids_P) + self._prompt_positions(request)
+            params = self._scoring(int(request.response_ids_R[-1]), bool(len(rows)))
+        params.extra_args = vllm_capture.ticket(
+            key=request.key,
+            prompt_tokens=len(request.prompt_ids_P),
+            labelled_rows=rows,
+            with_flat=with_flat,
+        )
+        return request.key, self._vllm.inputs.TokensPrompt(prompt_token_ids=ids), params
 
-    def _params(self, request: SampleRequest) -> Any:
-        num_logprobs = self._k + EXTRA_COLUMNS
-        common = {
-            "flat_logprobs": True,  # no object per token
-            "output_kind": self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-        }
-        sampling = self._job.spec.generation.sampling
-        if sampling is None:
-            return self._vllm.SamplingParams(
-                max_tokens=1,
-                temperature=0.0,
-                prompt_logprobs=num_logprobs,
-                detokenize=False,
-                **common,
-            )
+    def _prompt_positions(self, request: SampleRequest) -> Any:
+        """Labelled positions of a given response, without its last."""
+        assert request.response_ids_R is not None
+        num_tokens = len(request.response_ids_R)
+        positions_N = labelled_positions(request, num_tokens)
+        return positions_N[positions_N < num_tokens - 1]
+
+    def _generating(self, request: SampleRequest) -> Any:
+        sampling = self._sampling_of(request)
         room = self._job.max_model_len - len(request.prompt_ids_P)
+        if room < 1:
+            raise TeacherError(
+                f"sample {request.key}: its prompt of {len(request.prompt_ids_P)} tokens leaves no "
+                f"room for a response in {self._job.max_model_len} tokens"
+            )
         return self._vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -166,87 +220,145 @@ class VllmBackend:
             stop=list(sampling.stop) or None,
             seed=sampling_seed(sampling.seed, request.key),
             logit_bias=self._padding_bias,
-            logprobs=num_logprobs,
+            logprobs=self._layout.num_logprobs,
             # decoding the candidates of every position costs more than sampling them
             detokenize=bool(sampling.stop),
-            **common,
+            flat_logprobs=True,
+            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _sampling_of(self, request: SampleRequest) -> SamplingSpec:
+        sampling = self._job.spec.generation.sampling
+        if sampling is None:
+            raise TeacherError(
+                f"sample {request.key} has no response, and a label set of mode score has no "
+                "sampling to make one; give the response"
+            )
+        return sampling
+
+    def _scoring(self, last_token: int, has_prompt_rows: bool) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            allowed_token_ids=[last_token],
+            logprobs=self._layout.num_logprobs,
+            prompt_logprobs=self._layout.num_logprobs if has_prompt_rows else None,
+            detokenize=False,
+            flat_logprobs=True,
+            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
 
     def _sample(self, request: SampleRequest, output: Any) -> LabelledSample:
         completion = output.outputs[0]
+        sampled = engine_rows(completion.logprobs)
         if request.response_ids_R is None:
             response_R = np.array(completion.token_ids, dtype=np.int32)
-            flat, finish_reason = completion.logprobs, str(completion.finish_reason)
-            stop_reason = completion.stop_reason
+            # rows behind a stop string belong to no token
+            rows = sampled.pick(slice(0, len(response_R)))
+            finish_reason = str(completion.finish_reason)
+            found = completion.stop_reason
+            # the id of a further end-of-sequence token is no stop string
+            stop_reason = found if isinstance(found, str) else None
         else:
             response_R = request.response_ids_R
-            flat, finish_reason, stop_reason = output.prompt_logprobs, "given", None
+            rows = self._given_rows(request, output, sampled)
+            finish_reason, stop_reason = request.finish_reason, request.stop_reason
         self.forward_tokens += len(request.prompt_ids_P) + len(response_R)
-        columns = 1 + self._k + EXTRA_COLUMNS
-        # rows of the prompt itself come first in score mode, and its first token has none
-        logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(-1, columns)[
-            -len(response_R) :
-        ]
-        ids = np.array(flat.token_ids, dtype=np.int32).reshape(-1, columns)[-len(response_R) :]
-        ranks = np.array(flat.ranks[::columns], dtype=np.int32)[-len(response_R) :]
-        return LabelledSample(
-            key=request.key,
-            sample_index=request.sample_index,
-            prompt_ids_P=request.prompt_ids_P,
-            response_ids_R=response_R,
-            positions_N=np.arange(len(response_R), dtype=np.int32),
-            token_logprob_N=logprobs[:, 0],
-            token_rank_N=ranks,
-            log_tail_mass_N=logprobs[:, 1 + self._k],
-            topk_ids_NK=ids[:, 1 : 1 + self._k],
-            topk_logprobs_NK=logprobs[:, 1 : 1 + self._k],
-            entropy_N=logprobs[:, 2 + self._k] if "entropy" in self._job.spec.columns else None,
+        return to_sample(
+            request,
+            response_R,
+            rows,
+            self._job.spec,
+            self._layout,
             finish_reason=finish_reason,
-            stop_reason=None if stop_reason is None else str(stop_reason),
+            stop_reason=stop_reason,
         )
 
-    # -- start-up self-test -----------------------------------------------------------------------
-    def _install_capture(self) -> None:
-        """Install the capture and compare its labels with vLLM's public log-probs."""
-        public = self._self_test_rows()
-        runners = self._llm.collective_rpc(
-            "install_label_capture", args=(self._k, self._job.spec.vocab_size)
-        )
-        self._runner = runners[0]
-        captured = self._self_test_rows()
-        top = slice(0, 1 + self._k)
-        difference = float(np.abs(public[:, top] - captured[:, top]).max())
-        tail = np.exp(captured[:, 1 + self._k])
-        expected = np.exp(log_tail_mass_of(public[:, 1 : 1 + self._k]))
-        tail_difference = float(np.abs(tail - expected).max())
-        entropy = captured[:, 2 + self._k]
-        plausible = bool((entropy >= 0).all() and (entropy <= np.log(2**20)).all())
-        if (
-            difference > SELF_TEST_TOLERANCE_NATS
-            or tail_difference > SELF_TEST_TAIL_TOLERANCE
-            or not plausible
-        ):
-            raise CaptureError(
-                f"the label capture disagrees with vLLM {self._vllm.__version__}: top-k log-probs "
-                f"differ by {difference:.2g} nats, tail mass by {tail_difference:.2g}, entropy "
-                f"{entropy.tolist()}; use a supported vLLM or the transformers backend"
+    def _given_rows(self, request: SampleRequest, output: Any, sampled: EngineRows) -> EngineRows:
+        """Rows of the labelled tokens of a given response."""
+        assert request.response_ids_R is not None
+        last = len(request.response_ids_R) - 1
+        parts = []
+        positions = self._prompt_positions(request)
+        if len(positions):
+            found = engine_rows(output.prompt_logprobs)
+            if self._facts["capture"] == "public":  # all rows of the prompt, from its second token
+                found = found.pick(positions + len(request.prompt_ids_P) - 1)
+            parts.append(found)
+        if last in labelled_positions(request, last + 1):
+            parts.append(sampled)
+        return joined(parts)
+
+    # -- start-up ---------------------------------------------------------------------------------
+    def _start_capture(self) -> None:
+        """Install the hooks that the labels need, and compare what they give."""
+        spec = self._job.spec
+        probe = vllm_self_test.probe_request(spec)
+        vllm_capture.forget_arrays()
+        dense = vllm_self_test.dense_labels(probe, self._public_rows(probe), spec)
+        if self._needs_hook:
+            try:
+                runners = self._llm.collective_rpc(
+                    "install_label_capture", args=(spec.model_dump_json(),)
+                )
+            except vllm_capture.HOOK_ERRORS as error:
+                raise self._refused(f"the worker does not take it: {error}") from error
+            self._layout = captured_layout(spec)
+            self._facts |= {"capture": "worker", "model_runner": runners[0]}
+        supported = vllm_capture.is_supported(self._vllm.__version__)
+        self._facts["rows"] = "arrays" if supported and self._keeps_arrays(probe) else "flat"
+        try:
+            sample = self._sample(probe, self._run(probe))
+            padding = self._model_vocab_size - spec.vocab_size
+            vllm_self_test.require_same_labels(
+                sample, dense, spec, rank_slack=0 if self._needs_hook else padding
             )
+        except (*vllm_capture.HOOK_ERRORS, CaptureError) as error:
+            raise self._refused(str(error)) from error
 
-    def _self_test_rows(self) -> np.ndarray:
-        """Log-prob rows float32[T, 1 + k + 2] of a short greedy continuation of token 0."""
-        params = self._vllm.SamplingParams(
-            temperature=0.0,
-            max_tokens=min(SELF_TEST_TOKENS, self._job.max_model_len - 1),
-            ignore_eos=True,
-            logprobs=self._k + EXTRA_COLUMNS,
-            flat_logprobs=True,
-            detokenize=False,
+    def _refused(self, reason: str) -> CaptureError:
+        version = self._vllm.__version__
+        head = f"the label capture failed its self-test with vLLM {version}: {reason}"
+        if not self._needs_hook:
+            return CaptureError(f"{head}. Use the transformers backend")
+        return CaptureError(
+            f"{head}. Install a supported vLLM, use the transformers backend, or declare labels "
+            "that every vLLM can give: label.tail: topk and label.columns: []"
         )
-        prompt = self._vllm.inputs.TokensPrompt(prompt_token_ids=[0])
-        (output,) = self._llm.generate([prompt], params, use_tqdm=False)
-        self.forward_tokens += 1 + len(output.outputs[0].token_ids)
-        flat = output.outputs[0].logprobs
-        return np.array(flat.logprobs, dtype=np.float32).reshape(-1, 1 + self._k + EXTRA_COLUMNS)
+
+    def _keeps_arrays(self, probe: SampleRequest) -> bool:
+        """Whether the front end takes the array hook; if not, it is as it was."""
+        try:
+            vllm_capture.keep_arrays()
+            vllm_self_test.require_equal_arrays(self._run(probe, with_flat=True))
+        except (*vllm_capture.HOOK_ERRORS, CaptureError):
+            vllm_capture.forget_arrays()
+            return False
+        return True
+
+    def _public_rows(self, probe: SampleRequest) -> EngineRows:
+        """All log-probs of every token of the probe, through vLLM's public interface."""
+        _, prompt, params = self._engine_request(probe)
+        params.extra_args = None
+        params.logprobs = params.prompt_logprobs = self._model_vocab_size
+        return vllm_self_test.public_rows(self._finish("public probe", prompt, params))
+
+    def _run(self, probe: SampleRequest, *, with_flat: bool = False) -> Any:
+        return self._finish(*self._engine_request(probe, with_flat=with_flat))
+
+    def _finish(self, request_id: str, prompt: Any, params: Any) -> Any:
+        """Run one request alone."""
+        engine = self._llm.llm_engine
+        engine.add_request(request_id, prompt, params)
+        self.forward_tokens += len(prompt["prompt_token_ids"]) + 1
+        try:
+            while True:
+                for output in engine.step():
+                    if output.finished:
+                        return output
+        except vllm_capture.HOOK_ERRORS:
+            engine.abort_request([request_id])
+            raise
 
     def close(self) -> None:
         """Free the engine."""

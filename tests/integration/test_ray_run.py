@@ -12,6 +12,8 @@ from storage.store import LabelStore
 
 Distill = Callable[..., subprocess.CompletedProcess[str]]
 
+FAKE = ("--set", "teacher.backend={type: fake}")
+
 
 def stored_keys(project_file: Path) -> Counter[str]:
     """How often each sample key stands in the committed files, read without our reader."""
@@ -72,26 +74,28 @@ def test_a_teacher_that_dies_loses_nothing_that_was_committed(
 def test_a_teacher_that_always_dies_fails_the_job_and_keeps_what_it_has(
     project_file: Path, distill: Distill
 ) -> None:
-    overrides = ["--set", "teacher.backend={type: fake, crash_after_samples: 5}"]
-    failed = distill("label", project_file, *overrides, expect=2)
-    assert "died 3 times" in failed.stderr
+    """Lives of no sample at all: every sample that is tried is suspected until too many are."""
+    distill("label", project_file, "--set", "data.heldout=[]", *FAKE)
+    overrides = ["--set", "teacher.backend={type: fake, crash_after_samples: 0}"]
+    strict = ["--set", "label.max_bad_samples=1"]
+    failed = distill("label", project_file, *overrides, *strict, expect=2)
+    assert "2 samples are in quarantine, label.max_bad_samples allows 1" in failed.stderr
+    assert "engine died 3 times on this sample alone" in failed.stderr
     assert "Traceback" not in failed.stderr
     committed = LabelStore(str(project_file.parent / "labels"))
     (key,) = committed.keys()
-    # three lives of five samples, of which one group of four is committed
-    assert committed.open(key).totals().num_samples == 12
-    resumed = distill("label", project_file, "--set", "teacher.backend={type: fake}", "--json")
-    assert json.loads(resumed.stdout)["labelled"] == 18
+    assert committed.open(key).totals().num_samples == 24
+    resumed = distill("label", project_file, *FAKE, "--retry-quarantined", "--json")
+    assert json.loads(resumed.stdout)["labelled"] == 6
 
 
 def test_a_smaller_k_is_trained_from_the_labels_of_a_larger_one(
     project_file: Path, distill: Distill
 ) -> None:
     """A set of its own is made for the request, and stays empty."""
-    fake = ("--set", "teacher.backend={type: fake}")
-    wide = json.loads(distill("label", project_file, *fake, "--json").stdout)["label_set"]
+    wide = json.loads(distill("label", project_file, *FAKE, "--json").stdout)["label_set"]
     narrow = ("--set", "label.kind.k=8", "--set", "train.epochs=1", "--json")
-    report = json.loads(distill("run", project_file, *fake, *narrow).stdout)
+    report = json.loads(distill("run", project_file, *FAKE, *narrow).stdout)
     assert report["labels"]["k"] == 8
     assert report["labels"]["served_by"] == {wide: 30}
     assert [cost["step"] for cost in report["costs"]].count("label") == 1

@@ -253,6 +253,7 @@ def large_sample(spec: LabelSetSpec, random: np.random.Generator) -> faults.Labe
     }
     rows["positions_N"] = np.arange(num_rows, dtype=np.int32)
     rows["topk_ids_NK"] = ids_NK.astype(np.int32)
+    rows["optional"] = {n: np.repeat(v, num_rows, axis=0) for n, v in base.optional.items()}
     return replace(base, response_ids_R=np.full(num_rows, token, dtype=np.int32), **rows)
 
 

@@ -73,7 +73,8 @@ def test_where_another_set_serves_everything_nothing_is_labelled_and_the_set_exi
     teacher, plan = plan_of(smaller)
     assert smaller.store.find(plan.spec) is None
     # a cluster that was not entered has no Ray: any work for it would fail
-    assert label_missing(smaller, plan, teacher, Cluster(smaller.config.cluster)) == 0
+    done = label_missing(smaller, plan, teacher, Cluster(smaller.config.cluster))
+    assert (done.num_labelled, done.quarantined) == (0, frozenset())
     assert smaller.store.open(plan.spec.key).totals().num_samples == 0
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from storage.columns import select_rows
 from storage.garbage import collect, find_garbage
 from storage.keys import LabelSetSpec, sample_key
 from storage.label_set import LabelSet
@@ -192,6 +193,11 @@ def assert_same(found: LabelledSample, expected: LabelledSample) -> None:
         elif isinstance(other, np.ndarray):
             np.testing.assert_array_equal(one, other)
             assert one.dtype == other.dtype
+        elif name == "optional":
+            assert list(one) == list(other)
+            for column, values in other.items():
+                np.testing.assert_array_equal(one[column], values)
+                assert one[column].dtype == values.dtype
         else:
             assert one == other
 
@@ -232,8 +238,9 @@ def labelled_in_part() -> Callable[[LabelledSample, Sequence[int]], LabelledSamp
         rows = {
             name: getattr(sample, name)[list(positions)]
             for name in LabelledSample.__dataclass_fields__
-            if name.endswith(("_N", "_NK")) and getattr(sample, name) is not None
+            if name.endswith(("_N", "_NK"))
         }
+        rows["optional"] = select_rows(sample.optional, list(positions))
         return replace(sample, key=key, finish_reason="given", **rows)
 
     return change

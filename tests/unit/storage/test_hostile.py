@@ -89,6 +89,12 @@ def with_row(name: str, value: float) -> Callable[[LabelledSample], LabelledSamp
     return change
 
 
+def with_nan_entropy(sample: LabelledSample) -> LabelledSample:
+    entropy = sample.optional["entropy"].copy()
+    entropy[3] = np.nan
+    return replace(sample, optional={"entropy": entropy})
+
+
 def other_id(sample: LabelledSample) -> LabelledSample:
     ids = sample.topk_ids_NK.copy()
     ids[3, 0] = 100
@@ -97,7 +103,7 @@ def other_id(sample: LabelledSample) -> LabelledSample:
 
 LABELS: dict[str, tuple[Callable[[LabelledSample], LabelledSample], type[LabelStoreError]]] = {
     "NaN": (with_row("token_logprob_N", np.nan), NotFiniteError),
-    "NaN entropy": (with_row("entropy_N", np.nan), NotFiniteError),
+    "NaN entropy": (with_nan_entropy, NotFiniteError),
     "an infinite tail": (with_row("log_tail_mass_N", -np.inf), NotFiniteError),
     "mass above one": (with_row("log_tail_mass_N", 0.0), MassError),
     "mass below one": (with_row("log_tail_mass_N", -100.0), MassError),

@@ -14,12 +14,16 @@ from pydantic import BaseModel
 from storage.errors import UnstableValueError
 from storage.keys import (
     PROMPT_HEX_DIGITS,
+    CountsSpec,
     GenerationSpec,
     LabelSetSpec,
     MassSpec,
     SamplingSpec,
+    StratifiedSpec,
     TeacherFingerprint,
+    ThresholdSpec,
     TopKSpec,
+    canonical_columns,
     canonical_json,
     key_of,
     prompt_key,
@@ -250,10 +254,99 @@ def test_the_options_of_every_kind_change_the_label_set_key() -> None:
     assert [kind.width for kind in kinds] == [64, 64, 64, 32]
 
 
-@pytest.mark.parametrize("columns", [("entropy", "entropy"), ("z", "entropy")])
-def test_columns_that_are_unknown_or_repeat_are_refused(columns: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match="columns"):
-        LabelSetSpec.model_validate({**make_spec().model_dump(), "columns": columns})
+# -- optional columns ------------------------------------------------------------------------------
+STRATIFIED = {"type": "stratified", "draws": 4}
+THRESHOLD = {"type": "threshold", "threshold": 0.02}
+COUNTS = {"type": "counts", "draws": 50}
+
+
+def with_columns(*columns: object) -> LabelSetSpec:
+    return LabelSetSpec.model_validate({**make_spec().model_dump(), "columns": columns})
+
+
+def test_keys_of_optional_columns_are_pinned() -> None:
+    """Those of sets without new columns are in ``test_keys_are_pinned`` and the golden store."""
+    found = {
+        columns: with_columns(*columns).key
+        for columns in [(), ("entropy",), ("entropy", "power_sum_10", "power_sums")]
+    }
+    assert found == {
+        (): "46f1f772bdf19e1d025f35f633a1bb4e",
+        ("entropy",): "2017621b5beab5a39ec105b190133aba",
+        ("entropy", "power_sum_10", "power_sums"): "e2a63e542d29ad48c9de67d7510c8eb3",
+    }
+    assert with_columns("entropy", "power_sums", STRATIFIED).key == (
+        "2a6c398cdffa6aec6e1134c3950fdf5b"
+    )
+
+
+def test_every_option_of_tail_samples_changes_the_key() -> None:
+    changed = [
+        *(STRATIFIED, {**STRATIFIED, "draws": 5}),
+        *(THRESHOLD, {**THRESHOLD, "threshold": 0.03}),
+        *(COUNTS, {**COUNTS, "draws": 4}),
+    ]
+    keys = {with_columns("entropy", sampled).key for sampled in changed}
+    assert len(keys | {with_columns("entropy").key}) == 7
+
+
+def test_a_spec_with_tail_samples_survives_its_document() -> None:
+    spec = with_columns("entropy", THRESHOLD)
+    assert spec.tail_samples == ThresholdSpec(threshold=0.02)
+    assert with_columns("entropy").tail_samples is None
+    again = LabelSetSpec.model_validate_json(canonical_json(spec))
+    assert (again, again.key) == (spec, spec.key)
+    assert '"columns":["entropy",{"threshold":0.02,"type":"threshold"}]' in canonical_json(spec)
+
+
+@given(
+    st.permutations(["entropy", "power_sums", "power_sum_10", StratifiedSpec(draws=3), "entropy"])
+)
+def test_columns_in_any_order_are_one_request(columns: list[object]) -> None:
+    assert canonical_columns(columns) == (
+        *("entropy", "power_sum_10", "power_sums"),
+        StratifiedSpec(draws=3),
+    )
+
+
+def test_tail_samples_of_two_kinds_do_not_fit_one_set() -> None:
+    two = [StratifiedSpec(draws=3), CountsSpec(draws=3)]
+    with pytest.raises(ValueError, match=r"holds tail samples of one kind, got .*; choose one"):
+        canonical_columns(two)
+    with pytest.raises(ValueError, match="tail samples of one kind"):
+        with_columns(STRATIFIED, COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (("entropy", "entropy"), "columns must be distinct"),
+        (("power_sums", "entropy"), "columns must be distinct, names sorted, tail samples last"),
+        ((STRATIFIED, "entropy"), "tail samples last"),
+        (("z", "entropy"), "Input should be 'entropy', 'power_sum_10' or 'power_sums'"),
+        (({"type": "reservoir", "draws": 3},), "a column is a name .* or a section with the type"),
+        (({"draws": 3},), "a column is a name"),
+        ((3,), "a column is a name"),
+        (({"type": "stratified", "draws": 0},), "greater than or equal to 1"),
+        (({"type": "stratified", "draws": 1025},), "less than or equal to 1024"),
+        (({"type": "counts"},), "Field required"),
+        (({**COUNTS, "threshold": 0.1},), "Extra inputs are not permitted"),
+        (({"type": "threshold", "threshold": 1.0},), "less than 1"),
+        (({"type": "threshold", "threshold": 0.0009},), "greater than or equal to"),
+    ],
+)
+def test_columns_that_make_no_request_are_refused(
+    columns: tuple[object, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_columns(*columns)
+
+
+def test_the_most_tokens_that_tail_samples_keep() -> None:
+    assert StratifiedSpec(draws=7).width == CountsSpec(draws=7).width == 7
+    # 100 intervals of 0.01 have a 101st point where probabilities add up to a little more than 1
+    assert ThresholdSpec(threshold=0.01).width == 101
+    assert ThresholdSpec(threshold=0.3).width == 4
 
 
 def test_a_prompt_key_is_not_the_key_of_its_first_sample() -> None:

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.keys import LabelSetSpec, MassSpec, TopKSpec
+from storage.columns import arrow_columns
+from storage.keys import (
+    CountsSpec,
+    LabelSetSpec,
+    MassSpec,
+    StratifiedSpec,
+    ThresholdSpec,
+    TopKSpec,
+)
 from storage.narrow import narrow, satisfies
 from storage.tail import LOG_ZERO
 from storage.testing import make_sample, make_spec
@@ -105,3 +113,44 @@ def test_neither_a_column_nor_an_exact_tail_can_be_made_up() -> None:
     assert not satisfies(plain, SPEC)
     assert not satisfies(derived, SPEC)
     assert satisfies(derived, derived)
+
+
+# -- optional columns ------------------------------------------------------------------------------
+NAMES = ("entropy", "power_sum_10", "power_sums")
+
+
+def test_columns_that_are_not_wanted_are_dropped_and_the_others_kept() -> None:
+    stored = make_spec(k=16, columns=(*NAMES, CountsSpec(draws=20)))
+    sample = make_sample(2, stored)
+    for columns in [(), ("entropy",), ("power_sums",), (CountsSpec(draws=20),), stored.columns]:
+        wanted = make_spec(k=8, columns=columns)
+        assert satisfies(stored, wanted)
+        found = narrow(sample, wanted)
+        found.check(wanted)
+        assert list(found.optional) == [n for n in sample.optional if n in arrow_columns(wanted)]
+        for name, values in found.optional.items():
+            np.testing.assert_array_equal(values, sample.optional[name])
+
+
+@pytest.mark.parametrize(
+    "sampled", [StratifiedSpec(draws=3), ThresholdSpec(threshold=0.1)], ids=str
+)
+def test_samples_of_the_tail_serve_their_own_head_only(sampled) -> None:
+    """What a smaller head drops joins the tail, and nothing of it was sampled."""
+    stored = make_spec(k=16, columns=("entropy", sampled))
+    same, smaller = (make_spec(k=k, columns=(sampled,)) for k in (16, 15))
+    assert satisfies(stored, same)
+    assert not satisfies(stored, smaller)
+    head = make_spec(kind=MassSpec(mass=0.9, cap=16), columns=(sampled,))
+    assert not satisfies(stored, head)
+    assert satisfies(stored, make_spec(k=15))
+    narrow(make_sample(1, stored), make_spec(k=15)).check(make_spec(k=15))
+
+
+def test_counts_serve_every_head_and_no_other_number_of_draws() -> None:
+    stored = make_spec(k=16, columns=(CountsSpec(draws=20),))
+    assert satisfies(stored, make_spec(k=3, columns=(CountsSpec(draws=20),)))
+    assert not satisfies(stored, make_spec(k=3, columns=(CountsSpec(draws=10),)))
+    head = make_spec(kind=MassSpec(mass=0.5, cap=8), columns=(CountsSpec(draws=20),))
+    assert satisfies(stored, head)
+    narrow(make_sample(4, stored), head).check(head)

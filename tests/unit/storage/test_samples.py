@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from storage.columns import select_rows
 from storage.errors import (
     BadLabelError,
     MassError,
@@ -32,6 +33,17 @@ def with_row(name: str, row: int | tuple[int, int], value: object) -> Change:
         array = getattr(sample, name).copy()
         array[row] = value
         return replace(sample, **{name: array})
+
+    return change
+
+
+def with_column(name: str, row: int | tuple[int, int], value: object) -> Change:
+    """The sample with one row (or one cell) of one optional column replaced."""
+
+    def change(sample: LabelledSample) -> LabelledSample:
+        array = sample.optional[name].copy()
+        array[row] = value
+        return replace(sample, optional={**sample.optional, name: array})
 
     return change
 
@@ -100,8 +112,11 @@ VIOLATIONS: dict[str, tuple[Change, str]] = {
     ),
     "a missing rank": (without_last_row("token_rank_N"), "token_rank has shape"),
     "a missing tail": (without_last_row("log_tail_mass_N"), "log_tail_mass has shape"),
-    "a missing entropy": (without_last_row("entropy_N"), "entropy has shape"),
-    "no entropy": (lambda s: replace(s, entropy_N=None), "entropy was requested and is missing"),
+    "a missing entropy": (
+        lambda s: replace(s, optional={"entropy": s.entropy_N[:-1]}),
+        "entropy has",
+    ),
+    "no entropy": (lambda s: replace(s, optional={}), "entropy was requested and is missing"),
     "a token log-prob that is not a number": (
         with_row("token_logprob_N", 3, np.nan),
         "token_logprob is not finite at labelled position 3",
@@ -110,7 +125,7 @@ VIOLATIONS: dict[str, tuple[Change, str]] = {
         with_row("log_tail_mass_N", 3, -np.inf),
         "log_tail_mass is not finite at labelled position 3",
     ),
-    "an infinite entropy": (with_row("entropy_N", 3, np.inf), "entropy is not finite"),
+    "an infinite entropy": (with_column("entropy", 3, np.inf), "entropy is not finite"),
     "a top-k log-prob that is not a number": (
         with_row("topk_logprobs_NK", 3, np.nan),
         "a top-k log-prob is not finite at labelled position 3",
@@ -161,6 +176,7 @@ def given_sample(labelled: list[int]) -> LabelledSample:
         for name in LabelledSample.__dataclass_fields__
         if name.endswith(("_N", "_NK"))
     }
+    rows["optional"] = select_rows(whole.optional, labelled)
     return replace(whole, key=key, finish_reason="given", **rows)
 
 
@@ -259,7 +275,7 @@ def test_an_unused_entry_has_no_place_in_a_fixed_k() -> None:
 
 def test_entropy_may_be_absent_where_it_was_not_requested() -> None:
     spec = SPEC.model_copy(update={"columns": ()})
-    replace(make_sample(0, SPEC), entropy_N=None).check(spec)
+    replace(make_sample(0, SPEC), optional={}).check(spec)
 
 
 def test_a_given_response_may_be_labelled_in_part() -> None:

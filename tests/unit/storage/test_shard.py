@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pytest
 
+from storage.columns import select_rows
 from storage.errors import FormatError, ShardCorruptError, WrongLabelSetError
 from storage.ipc import ArrowFile
 from storage.keys import LabelSetSpec
@@ -52,6 +53,7 @@ def long_sample(number: int, num_rows: int) -> LabelledSample:
         for name in LabelledSample.__dataclass_fields__
         if name.endswith(("_N", "_NK", "_R"))
     }
+    rows["optional"] = select_rows(short.optional, np.zeros(num_rows, dtype=np.int64))
     return replace(short, **{**rows, "positions_N": np.arange(num_rows, dtype=np.int32)})
 
 

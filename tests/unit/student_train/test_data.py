@@ -140,7 +140,6 @@ def by_hand(
         log_tail_mass_N=np.full(n, math.log(0.25), np.float32),
         topk_ids_NK=np.array([[response[t], 90 + t] for t in labelled], np.int32),
         topk_logprobs_NK=np.full((n, 2), [math.log(0.5), math.log(0.25)], np.float32),
-        entropy_N=None,
         finish_reason="length",
     )
 

@@ -9,8 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from storage.keys import (
+    ColumnSpec,
     GenerationSpec,
     LabelSetSpec,
+    MassSpec,
     SamplingSpec,
     TeacherFingerprint,
     TopKSpec,
@@ -44,14 +46,20 @@ def make_request() -> Callable[..., SampleRequest]:
     """A function that makes a request from token ids."""
 
     def make(
-        prompt: Sequence[int], response: Sequence[int] | None = None, *, sample_index: int = 0
+        prompt: Sequence[int],
+        response: Sequence[int] | None = None,
+        *,
+        sample_index: int = 0,
+        mask: Sequence[bool] | None = None,
     ) -> SampleRequest:
+        mask_R = None if mask is None else np.array(mask, dtype=np.bool_)
         return SampleRequest(
-            key=sample_key(prompt, sample_index, response_ids=response),
+            key=sample_key(prompt, sample_index, response_ids=response, label_mask=mask_R),
             sample_index=sample_index,
             prompt_ids_P=np.array(prompt, dtype=np.int32),
             response_ids_R=None if response is None else np.array(response, dtype=np.int32),
             sources=(),
+            label_mask_R=mask_R,
         )
 
     return make
@@ -59,10 +67,16 @@ def make_request() -> Callable[..., SampleRequest]:
 
 @pytest.fixture
 def make_spec() -> Callable[..., LabelSetSpec]:
-    """A function that makes a spec; ``mode``, ``k``, ``vocab_size`` and sampling can be given."""
+    """A function that makes a spec; mode, soft labels, vocabulary and sampling can be given."""
 
     def make(
-        *, mode: str = "generate", k: int = 4, vocab_size: int = 40, **sampling: object
+        *,
+        mode: str = "generate",
+        k: int = 4,
+        kind: MassSpec | None = None,
+        columns: tuple[ColumnSpec, ...] = ("entropy",),
+        vocab_size: int = 40,
+        **sampling: object,
     ) -> LabelSetSpec:
         drawn = {
             "temperature": 1.0,
@@ -82,8 +96,8 @@ def make_spec() -> Callable[..., LabelSetSpec]:
                 head_dtype="float32",
                 sampling=SamplingSpec.model_validate(drawn) if mode == "generate" else None,
             ),
-            kind=TopKSpec(k=k),
-            columns=("entropy",),
+            kind=kind or TopKSpec(k=k),
+            columns=columns,
             tail="exact",
             vocab_size=vocab_size,
         )

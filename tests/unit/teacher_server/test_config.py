@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from storage.errors import ConfigError
-from storage.keys import LabelSetSpec, TeacherFingerprint
+from storage.keys import LabelSetSpec, MassSpec, TeacherFingerprint, ThresholdSpec, TopKSpec
 from teacher_server.config import (
     DataConfig,
     GgufModelConfig,
@@ -75,7 +75,10 @@ def test_dtypes_change_the_key(teacher: dict[str, Any]) -> None:
     "label",
     [
         {"kind": {"k": 32}},
+        {"kind": {"type": "mass", "cap": 64}},
         {"columns": []},
+        {"columns": ["entropy", "power_sums"]},
+        {"columns": ["entropy", {"type": "stratified", "draws": 2}]},
         {"mode": "score"},
         {"sampling": {"temperature": 0.7}},
         {"sampling": {"top_p": 0.9}},
@@ -127,7 +130,29 @@ def test_scored_labels_have_no_sampling() -> None:
 def test_more_tokens_than_the_vocabulary_has_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"label\.kind\.k is 64, .* vocabulary has 63 tokens"):
         spec(vocab_size=63)
-    assert spec(vocab_size=64).kind.k == 64
+    assert spec(vocab_size=64).kind.width == 64
+    mass = {"kind": {"type": "mass", "cap": 80}}
+    with pytest.raises(ConfigError, match=r"label\.kind\.cap is 80, .* vocabulary has 79 tokens"):
+        spec(label=mass, vocab_size=79)
+    assert spec(label=mass, vocab_size=80).kind == MassSpec(mass=0.999, cap=80)
+
+
+def test_a_kind_without_a_type_is_the_top_k() -> None:
+    assert LabelConfig.model_validate({"kind": {"k": 7}}).kind == TopKSpec(k=7)
+    assert LabelConfig().kind == TopKSpec(k=64)
+    assert LabelConfig(kind=MassSpec(cap=9)).kind == MassSpec(cap=9)
+    with pytest.raises(ValidationError, match=r"kind\.topk\.cap"):
+        LabelConfig.model_validate({"kind": {"cap": 7}})
+
+
+def test_columns_in_another_order_are_the_same_request() -> None:
+    sampled = {"type": "threshold", "threshold": 0.02}
+    one = {"columns": [sampled, "power_sums", "entropy", "power_sums"]}
+    other = {"columns": ["entropy", "power_sums", sampled]}
+    assert LabelConfig.model_validate(one) == LabelConfig.model_validate(other)
+    found = spec(label=one)
+    assert found.key == spec(label=other).key
+    assert found.columns == ("entropy", "power_sums", ThresholdSpec(threshold=0.02))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +162,13 @@ def test_more_tokens_than_the_vocabulary_has_are_refused() -> None:
         (LabelConfig, {"kind": {"k": 0}}),
         (LabelConfig, {"kind": {"k": 2000}}),
         (LabelConfig, {"kind": {"type": "dense"}}),
+        (LabelConfig, {"kind": {"type": "mass", "mass": 1.0}}),
         (LabelConfig, {"columns": ["hidden"]}),
+        (LabelConfig, {"columns": [{"type": "stratified"}]}),
+        (
+            LabelConfig,
+            {"columns": [{"type": "stratified", "draws": 1}, {"type": "counts", "draws": 1}]},
+        ),
         (LabelConfig, {"commit_samples": 0}),
         (LabelConfig, {"sampling": {"temperature": -1}}),
         (LabelConfig, {"sampling": {"top_p": 0}}),

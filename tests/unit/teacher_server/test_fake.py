@@ -1,11 +1,15 @@
 """The fake teacher keeps the promises of a real one."""
 
+import os
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
-from storage.keys import LabelSetSpec
+from storage.columns import arrow_columns
+from storage.keys import CountsSpec, LabelSetSpec, MassSpec, StratifiedSpec, ThresholdSpec
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
 from teacher_server.backends.base import TeacherJob, start_backend
@@ -17,17 +21,16 @@ MakeSpec = Callable[..., LabelSetSpec]
 MakeRequest = Callable[..., SampleRequest]
 
 
-def start(spec: LabelSetSpec, *, max_model_len: int = 64) -> FakeBackend:
+def start(spec: LabelSetSpec, *, max_model_len: int = 64, **faults: int) -> FakeBackend:
+    backend = FakeBackendConfig.model_validate(faults)
     return FakeBackend(
-        TeacherJob(
-            model="none", backend=FakeBackendConfig(), spec=spec, max_model_len=max_model_len
-        )
+        TeacherJob(model="none", backend=backend, spec=spec, max_model_len=max_model_len)
     )
 
 
 def assert_same(one: LabelledSample, other: LabelledSample) -> None:
     for name in LabelledSample.__dataclass_fields__:
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        np.testing.assert_equal(getattr(one, name), getattr(other, name))
 
 
 @pytest.mark.parametrize("mode", ["generate", "score"])
@@ -108,6 +111,108 @@ def test_requests_are_pulled_one_by_one(make_spec: MakeSpec, make_request: MakeR
 def test_stop_strings_are_refused_and_not_ignored(make_spec: MakeSpec) -> None:
     with pytest.raises(TeacherError, match="stop strings"):
         start(make_spec(stop=("\n",)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampled"),
+    [
+        (None, StratifiedSpec(draws=3)),
+        (MassSpec(mass=0.5, cap=6), ThresholdSpec(threshold=0.05)),
+        (MassSpec(mass=0.5, cap=6), CountsSpec(draws=30)),
+    ],
+    ids=str,
+)
+def test_it_makes_every_column_of_every_kind(
+    make_spec: MakeSpec, make_request: MakeRequest, kind, sampled
+) -> None:
+    spec = make_spec(kind=kind, columns=("entropy", "power_sum_10", "power_sums", sampled))
+    for sample in start(spec).label([make_request([number]) for number in range(3)]):
+        sample.check(spec)
+        assert list(sample.optional) == arrow_columns(spec)
+
+
+def test_only_the_positions_of_the_mask_are_labelled(
+    make_spec: MakeSpec, make_request: MakeRequest
+) -> None:
+    spec, response = make_spec(mode="score"), [7, 8, 9, 10]
+    (whole,) = start(spec).label([make_request([4], response)])
+    (part,) = start(spec).label([make_request([4], response, mask=[False, True, False, True])])
+    part.check(spec)
+    assert part.positions_N.tolist() == [1, 3]
+    assert part.response_ids_R.tolist() == response
+    np.testing.assert_array_equal(part.topk_ids_NK, whole.topk_ids_NK[[1, 3]])
+
+
+def test_an_answer_that_is_known_gets_more_labels_and_keeps_its_end(
+    make_spec: MakeSpec, make_request: MakeRequest
+) -> None:
+    """Widening a stored sample: the mode is that of the set, the response is that of the sample."""
+    narrow, wide = make_spec(max_tokens=5), make_spec(max_tokens=5, k=20, columns=("power_sums",))
+    (stored,) = start(narrow).label([make_request([4, 9], sample_index=3)])
+    request = SampleRequest(
+        key=stored.key,
+        sample_index=3,
+        prompt_ids_P=stored.prompt_ids_P,
+        response_ids_R=stored.response_ids_R,
+        sources=(),
+        finish_reason="stop",
+        stop_reason="\n",
+    )
+    (upgraded,) = start(wide).label([request])
+    upgraded.check(wide)
+    assert upgraded.key == stored.key
+    assert (upgraded.finish_reason, upgraded.stop_reason) == ("stop", "\n")
+    np.testing.assert_array_equal(upgraded.response_ids_R, stored.response_ids_R)
+    np.testing.assert_array_equal(upgraded.topk_ids_NK[:, :4], stored.topk_ids_NK)
+
+
+# -- faults on request -----------------------------------------------------------------------------
+class ProcessDiedError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(process: int, number: int) -> None:
+        assert (process, number) == (os.getpid(), signal.SIGKILL)
+        raise ProcessDiedError
+
+    monkeypatch.setattr("os.kill", die)
+
+
+@pytest.mark.usefixtures("killed")
+@pytest.mark.parametrize(
+    ("faults", "finished"),
+    [({"crash_after_samples": 2}, 2), ({"poison_token": 3}, 3), ({"poison_token": 77}, 5)],
+)
+def test_it_dies_when_it_is_asked_to(
+    make_spec: MakeSpec, make_request: MakeRequest, faults: dict[str, int], finished: int
+) -> None:
+    labelled = start(make_spec(), **faults).label([make_request([n, 9]) for n in range(5)])
+    found = []
+    with pytest.raises(ProcessDiedError) if finished < 5 else nullcontext():
+        for sample in labelled:
+            found.append(sample.key)
+    assert len(found) == finished
+
+
+def test_it_hangs_at_the_token_that_it_is_given(
+    make_spec: MakeSpec, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            raise ProcessDiedError
+
+    monkeypatch.setattr("time.sleep", sleep)
+    labelled = start(make_spec(), hang_token=6).label([make_request([5]), make_request([6])])
+    next(labelled)
+    assert slept == []
+    with pytest.raises(ProcessDiedError):
+        next(labelled)
+    assert len(slept) == 3
 
 
 def test_it_is_started_by_its_name(make_spec: MakeSpec) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.errors import BadLabelError
 from storage.keys import LabelSetSpec
 from storage.label_set import LabelSet
+from storage.quarantine import Quarantine
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
 from storage.store import LabelStore
@@ -135,12 +135,40 @@ def test_an_interrupted_run_ends_with_the_same_labels(
         np.testing.assert_array_equal(one.topk_logprobs_NK, other.topk_logprobs_NK)
 
 
-def test_a_bad_label_is_refused_and_nothing_of_it_is_written(
+def test_a_bad_label_goes_to_quarantine_and_the_others_go_on(
     spec: LabelSetSpec, label_set: LabelSet, requests: list[SampleRequest]
 ) -> None:
-    with pytest.raises(BadLabelError, match="token_logprob is not finite"):
-        list(run(teacher(spec, lies_at=4), requests, label_set))
-    assert label_set.totals().num_samples == 3  # the group before it
+    seen = list(run(teacher(spec, lies_at=4), requests, label_set))
+    assert [p.bad_samples for p in seen] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert (seen[-1].finished_samples, seen[-1].committed_samples) == (7, 6)
+    (bad,) = Quarantine(label_set).samples()
+    assert bad.sample == requests[4].key
+    assert bad.reason == "bad label"
+    assert "token_logprob is not finite" in bad.detail
+    assert label_set.missing([r.key for r in requests]) == [requests[4].key]
+
+
+def test_whoever_stops_finishes_and_commits_what_was_begun(
+    spec: LabelSetSpec, label_set: LabelSet, requests: list[SampleRequest]
+) -> None:
+    asked = []
+
+    def should_stop() -> bool:
+        asked.append(None)
+        return len(asked) > 5
+
+    seen = list(
+        label_samples(
+            teacher(spec),
+            requests,
+            label_set,
+            commit_samples=3,
+            provenance={},
+            should_stop=should_stop,
+        )
+    )
+    assert seen[-1].committed_samples == 5
+    assert label_set.missing([r.key for r in requests]) == [r.key for r in requests[5:]]
 
 
 def test_samples_that_another_worker_committed_are_not_stored_twice(
@@ -153,5 +181,5 @@ def test_samples_that_another_worker_committed_are_not_stored_twice(
 
 
 def test_no_requests_commit_nothing(spec: LabelSetSpec, label_set: LabelSet) -> None:
-    assert list(run(teacher(spec), [], label_set)) == [LabelProgress(0, 0, 0, 0)]
+    assert list(run(teacher(spec), [], label_set)) == [LabelProgress()]
     assert list(label_set.log.singles()) == []

@@ -21,6 +21,12 @@ Tokens = PreTrainedTokenizerFast
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "yes"}
 VOCAB_SIZE = 261
+
+
+def user(content: object) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
 SCORE = LabelConfig(mode="score")
 
 
@@ -184,6 +190,63 @@ BAD_ROWS: dict[str, tuple[object, str]] = {
     "unknown role": ({"messages": [{"role": "human", "content": "a"}]}, r"\.role must be one of"),
     "empty content": ({"messages": [{"role": "user", "content": ""}]}, r"\[0\]\.content must be"),
     "list as content": ({"messages": [{"role": "user", "content": ["a"]}]}, r"\.content must be"),
+    "object as content": ({"messages": [{"role": "user", "content": {}}]}, r"\.content must be"),
+    "blank content": ({"messages": [{"role": "user", "content": " \n\u3000"}]}, "non-empty text"),
+    "blank parts": ({"messages": [user([{"type": "text", "text": " "}])]}, "non-empty text"),
+    "image": (
+        {"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}])]},
+        r"content\[0\] is of type 'image_url'; only parts of type 'text' can be labelled",
+    ),
+    "number as text": ({"messages": [user([{"type": "text", "text": 3}])]}, "part 0 is"),
+    "null answer": (
+        {"messages": [USER, {"role": "assistant", "content": None}, USER]},
+        "non-empty",
+    ),
+    "null output": (
+        {"messages": [USER, {"role": "tool", "content": None}]},
+        "must be text, got None",
+    ),
+    "late developer": (
+        {"messages": [USER, {"role": "developer", "content": "a"}, USER]},
+        "only the first message may be of the developer",
+    ),
+    "text as calls": (
+        {"messages": [USER, {**ANSWER, "tool_calls": "f()"}, USER]},
+        "must be a list",
+    ),
+    "nameless call": (
+        {"messages": [USER, {**ANSWER, "tool_calls": [{"function": {}}]}, USER]},
+        r"messages\[1\]\.tool_calls\[0\] must be .*function",
+    ),
+    "text as arguments": (
+        {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "{a"}]}, USER]},
+        "arguments must be an object, or JSON text of one, got '{a'",
+    ),
+    "number as reasoning": (
+        {"messages": [USER, {**ANSWER, "reasoning_content": 3}, USER]},
+        r"messages\[1\]\.reasoning_content must be text",
+    ),
+    "object as tools": ({"messages": [USER], "tools": {"name": "f"}}, "tools must be a list"),
+    "nameless tool": ({"messages": [USER], "tools": [{"type": "function"}]}, r"tools\[0\] must be"),
+    "broken tools": ({"messages": [USER], "tools": "[{"}, "tools is text and not valid JSON"),
+    "list as options": ({"messages": [USER], "chat_template_kwargs": [1]}, "must be an object"),
+    "reserved option": (
+        {"messages": [USER], "chat_template_kwargs": {"tools": [], "tokenize": True}},
+        "may not set tokenize, tools",
+    ),
+    "tools of a text": (
+        {"prompt": "a", "tools": [{"name": "f"}]},
+        "tools go with messages, not with",
+    ),
+    "endless number": (
+        b'{"input_ids": [' + b"1" * 5000 + b"]}",
+        "not valid JSON: Exceeds the limit",
+    ),
+    "endless nesting": (b'{"prompt": ' + b"[" * 100_000, "not valid JSON: nested too deeply"),
+    "half a character in a tool": (
+        b'{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "\\udc00"}]}',
+        "half of a surrogate pair",
+    ),
     "late system": ({"messages": [USER, {"role": "system", "content": "a"}]}, "only the first"),
     "assistant last": ({"messages": [USER, ANSWER]}, "must be of user or tool in generate mode"),
     "no user": ({"messages": [{"role": "tool", "content": "a"}]}, "hold no user message"),
@@ -316,7 +379,8 @@ def test_a_completion_is_the_response_and_ends_with_the_end_token(
 
 
 def test_the_last_assistant_message_is_the_response(tmp_path: Path, tokenizer: Tokens) -> None:
-    rows = [{"messages": [USER, ANSWER, USER, {"role": "assistant", "content": "no"}]}]
+    messages = [USER, ANSWER, USER, {"role": "assistant", "content": "no"}]
+    rows = [{"messages": messages, "label_turns": "last"}]
     (request,) = select(read(write(tmp_path / "p.jsonl", rows), mode="score"), tokenizer, SCORE)
     prompt = "<|user|>hi<|end|><|assistant|>yes<|end|><|user|>hi<|end|><|assistant|>"
     assert tokenizer.decode(request.prompt_ids_P) == prompt
@@ -337,6 +401,31 @@ def test_two_completions_of_one_prompt_are_two_samples(tmp_path: Path, tokenizer
         ({"input_ids": [1]}, "score mode needs a completion"),
         ({"messages": [USER]}, "the last message must be of assistant in score mode"),
         ({"messages": [USER, ANSWER], "completion": "x"}, "not both"),
+        ({"messages": [USER, ANSWER], "completion_ids": [1]}, "not both"),
+        ({"messages": [{"role": "system", "content": "a"}], "completion": "x"}, "no user message"),
+        ({"prompt": "a", "completion": "x", "completion_ids": [1]}, "not both"),
+        ({"prompt": "a", "completion_ids": []}, "completion_ids must be a non-empty list"),
+        ({"prompt": "a", "completion_ids": [1, -1]}, "completion_ids must be whole numbers >= 0"),
+        (
+            {"prompt": "a", "completion": "x", "label_mask": [1]},
+            "label_mask goes with completion_ids",
+        ),
+        (
+            {"prompt": "a", "completion_ids": [1, 2], "label_mask": [1]},
+            "1 entries for the 2 tokens",
+        ),
+        ({"prompt": "a", "completion_ids": [1, 2], "label_mask": [0, 2]}, "a list of 0 and 1"),
+        ({"prompt": "a", "completion_ids": [1, 2], "label_mask": "11"}, "a list of 0 and 1"),
+        ({"prompt": "a", "completion_ids": [1, 2], "label_mask": [0, 0]}, "no token to label"),
+        ({"messages": [USER, {**ANSWER, "train": False}]}, "no assistant turn is left to label"),
+        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, r"messages[1].weight must be true or"),
+        ({"messages": [USER, {**ANSWER, "train": "no"}]}, r"messages[1].train must be true or"),
+        ({"messages": [USER, {**ANSWER, "train": True, "weight": 0}]}, "contradict each other"),
+        ({"messages": [USER, ANSWER], "label_turns": "first"}, "must be 'all' or 'last'"),
+        (
+            {"messages": [USER, {**ANSWER, "train": False}, USER, ANSWER], "label_turns": "last"},
+            "use one of them",
+        ),
     ],
     ids=str,
 )
@@ -387,4 +476,4 @@ def test_a_response_that_the_template_leaves_out_is_bad(tmp_path: Path, tokenize
     forgetful.chat_template = "{{ messages[0].content }}"
     prompts = read(write(tmp_path / "p.jsonl", [{"messages": [USER, ANSWER]}]), mode="score")
     assert select(prompts, forgetful, SCORE) == ()
-    assert "the completion is empty after tokenization" in problems(prompts)[0]
+    assert "the chat template leaves out content of messages[1]" in problems(prompts)[0]

@@ -6,9 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
-from storage.keys import LabelSetSpec, SamplingSpec
+from storage.errors import BadLabelError
+from storage.keys import LabelSetSpec, SamplingSpec, ThresholdSpec
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
 from teacher_server.backends.base import TeacherJob
@@ -154,9 +161,138 @@ def test_the_tokens_of_every_forward_pass_are_counted(
     assert backend.forward_tokens == 4  # the last token predicts nothing
 
 
-def test_stop_strings_are_refused_and_not_ignored(tiny_teacher: Path, make_spec: MakeSpec) -> None:
-    with pytest.raises(TeacherError, match="knows no stop strings; use vllm"):
+def test_stop_strings_without_a_tokenizer_are_refused_and_not_ignored(
+    tiny_teacher: Path, make_spec: MakeSpec
+) -> None:
+    with pytest.raises(TeacherError, match="has no tokenizer; add its files"):
         start(tiny_teacher, make_spec(stop=("\n",)))
+
+
+@pytest.mark.parametrize("change", [{"adapters": ("a" * 32,)}, {"quantization": "fp8"}], ids=str)
+def test_weights_that_it_would_not_load_are_refused(
+    tiny_teacher: Path, make_spec: MakeSpec, change: dict[str, object]
+) -> None:
+    spec = make_spec()
+    teacher = spec.generation.teacher.model_copy(update=change)
+    generation = spec.generation.model_copy(update={"teacher": teacher})
+    with pytest.raises(TeacherError, match="loads weights as they are stored and knows no"):
+        start(tiny_teacher, spec.model_copy(update={"generation": generation}))
+
+
+# -- what is labelled -----------------------------------------------------------------------------
+def test_rows_are_reduced_in_chunks_that_do_not_show(
+    tiny_teacher: Path,
+    make_spec: MakeSpec,
+    make_request: MakeRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tail samples too, whose rectangles differ in width from chunk to chunk."""
+    columns = ("entropy", ThresholdSpec(threshold=0.03))
+    for mode, response in (("generate", None), ("score", [5, 9, 2, 30, 7, 7, 8])):
+        spec = make_spec(mode=mode, columns=columns, max_tokens=7)
+        request = make_request(PROMPT, response)
+        (whole,) = start(tiny_teacher, spec).label([request])
+        with monkeypatch.context() as changed:
+            changed.setattr("teacher_server.backends.transformers_reference.CHUNK_ROWS", 3)
+            (chunked,) = start(tiny_teacher, spec).label([request])
+        whole.check(spec)
+        for name in LabelledSample.__dataclass_fields__:
+            np.testing.assert_equal(getattr(chunked, name), getattr(whole, name))
+
+
+def test_an_answer_without_room_is_empty(
+    tiny_teacher: Path, make_spec: MakeSpec, make_request: MakeRequest
+) -> None:
+    """It is refused where samples are checked, with a reason, and stops no other sample."""
+    backend = start(tiny_teacher, make_spec(max_tokens=8), max_model_len=3)
+    (sample,) = backend.label([make_request(PROMPT)])
+    assert len(sample.response_ids_R) == len(sample.positions_N) == 0
+    with pytest.raises(BadLabelError, match="it has no labelled position"):
+        sample.check(make_spec(max_tokens=8))
+
+
+# -- output layers --------------------------------------------------------------------------------
+def save_gemma(directory: Path) -> None:
+    """A soft cap behind a tied output layer."""
+    config = Gemma2Config(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        final_logit_softcapping=2.0,
+        initializer_range=0.5,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(directory)
+
+
+def save_phi(directory: Path) -> None:
+    """A bias in the output layer."""
+    config = PhiConfig(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+    )
+    model = PhiForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.bias, std=2.0)
+    model.save_pretrained(directory)
+
+
+@pytest.mark.parametrize("save", [save_gemma, save_phi])
+def test_logits_are_those_of_the_model_whatever_follows_its_output_layer(
+    tmp_path: Path,
+    make_spec: MakeSpec,
+    make_request: MakeRequest,
+    save: Callable[[Path], None],
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save(tmp_path)
+    spec = make_spec(mode="score")
+    (sample,) = start(tmp_path, spec).label([make_request(PROMPT, [9, 8, 7, 30])])
+    rows_RV = dense(tmp_path, sample)[:, :VOCAB_SIZE]
+    expected = -np.sort(-rows_RV, axis=1)[:, :4]
+    np.testing.assert_allclose(sample.topk_logprobs_NK, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("save", [save_gemma, save_phi])
+def test_the_output_layer_is_computed_in_its_own_dtype(
+    tmp_path: Path,
+    make_spec: MakeSpec,
+    make_request: MakeRequest,
+    save: Callable[[Path], None],
+) -> None:
+    """A bfloat16 trunk with a float32 head has no ties; bfloat16 logits, of 8 bits, have some."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save(tmp_path)
+    spec = make_spec(mode="score", k=40)
+    generation = spec.generation.model_copy(update={"compute_dtype": "bfloat16"})
+    spec = spec.model_copy(update={"generation": generation})
+    request = make_request(PROMPT, list(range(2, 30)))
+    (sample,) = start(tmp_path, spec).label([request])
+    logprobs_NK = sample.topk_logprobs_NK
+    assert (np.diff(logprobs_NK, axis=1) < 0).all()
+    same = spec.generation.model_copy(update={"head_dtype": "bfloat16"})
+    (coarse,) = start(tmp_path, spec.model_copy(update={"generation": same})).label([request])
+    assert (np.diff(coarse.topk_logprobs_NK, axis=1) == 0).sum() > 10
+    np.testing.assert_allclose(coarse.topk_logprobs_NK[:, 0], logprobs_NK[:, 0], atol=0.1)
+
+
+def test_a_model_that_goes_round_its_output_layer_is_refused(
+    tiny_teacher: Path, make_spec: MakeSpec, make_request: MakeRequest
+) -> None:
+    backend = start(tiny_teacher, make_spec(mode="score"))
+    backend._model.lm_head = torch.nn.Linear(16, 48, bias=False)
+    with pytest.raises(TeacherError, match="makes its logits without its output layer"):
+        list(backend.label([make_request(PROMPT, [5])]))
 
 
 # -- drawing --------------------------------------------------------------------------------------
