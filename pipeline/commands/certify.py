@@ -167,7 +167,7 @@ def _differences(certificate: "Certificate") -> "Table":
         title=f"{len(agreement.sample_keys)} samples, {agreement.num_rows} rows scored again with "
         f"{certificate.provenance.get('backend', 'another engine')}"
     )
-    table.add_column("difference (nats)", no_wrap=True)
+    table.add_column("difference", no_wrap=True)
     for title in ("typical", "noise", "limit", "largest", "limit"):
         table.add_column(title, justify="right")
     for name, found in agreement.differences.items():

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.project import Project
 from pipeline.steps.prepare import PreparedTeacher
+from storage.columns import scalar_columns
 from storage.errors import InputError
 from storage.keys import LabelSetSpec, key_of
 from storage.selection import SampleRequest, Selection, load_selection
@@ -20,8 +21,12 @@ from teacher_server.prompts import Prompts, Tokenizer, read_prompts, select_samp
 SPLITS = ("train", "heldout")
 STATES = ("hits", "upgrades", "misses")
 """What a plan says of every sample; see :class:`storage.view.Plan`."""
-SCALAR_BYTES = 14
-"""Measured bytes per token of the scalar columns of a shard."""
+SCALAR_BYTES = 10
+"""Measured bytes per token of the columns that every shard has."""
+OPTIONAL_SCALAR_BYTES = 4
+"""Bytes per token of one optional scalar column: float32 hardly compresses."""
+TAIL_SAMPLE_BYTES = 6
+"""Bytes per entry of the lists of tail samples, before compression 8."""
 BYTES_PER_STORED_TOKEN = 2.5
 """Measured bytes per top-k entry of a shard, about the same for every k."""
 PROMPTS_VERSION = 2
@@ -188,7 +193,6 @@ def forecast(project: Project, plan: Plan) -> dict[str, Any]:
     expected = expected_response_tokens(plan, to_label, view)
     prompt_tokens = sum(len(r.prompt_ids_P) for r in to_label)
     labelled = expected - sum(map(_unlabelled, to_label))
-    per_token = SCALAR_BYTES + BYTES_PER_STORED_TOKEN * plan.spec.kind.width
     shared = set(plan.selections["train"].sample_keys) & set(plan.selections["heldout"].sample_keys)
     return {
         "label_set": plan.spec.key,
@@ -207,11 +211,22 @@ def forecast(project: Project, plan: Plan) -> dict[str, Any]:
         "expected_prompt_tokens": prompt_tokens,
         "expected_forward_tokens": prompt_tokens + expected,
         "expected_labelled_tokens": labelled,
-        "expected_bytes": round(labelled * per_token),
+        "expected_bytes": round(labelled * _bytes_per_token(plan.spec)),
         "prompt_tokens": _prompt_lengths(requests),
         "cut_by_context": _cut_by_context(plan, requests),
         "skipped_rows": list(plan.skipped_rows),
     }
+
+
+def _bytes_per_token(spec: LabelSetSpec) -> float:
+    """Stored bytes of a labelled token, as measured."""
+    samples = 0 if spec.tail_samples is None else spec.tail_samples.width
+    return (
+        SCALAR_BYTES
+        + OPTIONAL_SCALAR_BYTES * len(scalar_columns(spec.columns))
+        + TAIL_SAMPLE_BYTES * samples
+        + BYTES_PER_STORED_TOKEN * spec.kind.width
+    )
 
 
 def _states(view: LabelView, requests: Sequence[SampleRequest]) -> dict[str, str]:

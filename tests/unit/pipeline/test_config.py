@@ -112,7 +112,7 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_name(
         ("train.loss.soft=jsd", "train.loss.soft: Input should be 'forward_kl' or 'reverse_kl'"),
         (
             "label.columns=[entrop]",
-            "label.columns.0: Input should be 'entropy', 'power_sum_10' or 'power_sums', found 'entrop'",
+            "label.columns.0: Input should be 'entropy', 'power_sum_10' or 'power_sums', found",
         ),
         ("label.kind={type: mass, mass: 3}", "label.kind.mass: Input should be less than 1"),
         ("label.kind={type: mass, k: 3}", "unknown key 'label.kind.k': another type has"),
