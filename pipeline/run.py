@@ -7,6 +7,7 @@ from rich.table import Table
 
 from pipeline.cluster import Cluster
 from pipeline.project import Project
+from pipeline.steps.certify import certify_labels, serving_sets
 from pipeline.steps.evaluate import Evaluation, evaluate_students
 from pipeline.steps.label import (
     Labelled,
@@ -17,6 +18,7 @@ from pipeline.steps.label import (
 from pipeline.steps.plan import Plan, make_plan
 from pipeline.steps.prepare import PreparedTeacher, prepare_student, prepare_teacher
 from pipeline.steps.train import StudentRequest, TrainedStudent, train_students
+from storage.certificate import require_fit
 from storage.errors import ConfigError, NotLabelledError
 
 
@@ -67,6 +69,8 @@ def label_project(
         project.say(f"labels: all {cached} samples are cached, the teacher was called 0 times")
     else:
         project.say(f"labels: {done.num_labelled} samples labelled, {cached} cached")
+    if project.config.label.qa.enabled:
+        certify_labels(project, plan, teacher, cluster, project.config.label.qa)
     if aside:
         project.say(
             f"{aside} samples are in quarantine and left out: `distill show {plan.spec.key[:12]}` "
@@ -83,6 +87,7 @@ def train_project(
     Raises:
         ConfigError: if the project describes no student.
         NotLabelledError: if labels are missing.
+        UnfitLabelsError: if the newest certificate of their set refuses them.
     """
     configs = project.config.student_configs()
     if not configs:
@@ -95,6 +100,8 @@ def train_project(
             "run `distill label` first"
         )
     requested_label_set(project, plan, teacher)
+    for label_set in serving_sets(project.store.view(plan.spec), plan):
+        require_fit(label_set)
     requests = [
         StudentRequest(name, train, prepare_student(project, train.model, teacher))
         for name, train in configs.items()

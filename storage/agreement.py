@@ -1,10 +1,13 @@
 """How far stored labels are from a dense recomputation, and how far they may be.
 
-Two yardsticks. Labels computed in float32 must equal the recomputation up to
-``Limits.float32_nats`` and the rounding of stored log-probs, in every number of every row. Labels
-computed in a shorter dtype are compared with float32 too, and must not be much further from it than
-the same model in the same dtype is, run by transformers on the same rows: its distance is the
-*noise* of the dtype. ``docs/certificate.md`` derives every limit.
+Two yardsticks. Labels computed in float32 must equal the recomputation up to ``Limits.float32``, in
+every number of every row. Labels computed in a shorter dtype are compared with float32 too, and
+must not be much further from it than the same model in the same dtype is, run by transformers on
+the same rows: its distance is the *noise* of the dtype. Every limit is derived in
+``docs/certificate.md``.
+
+A difference x - y of log-probs and other numbers in nats is divided by 1 + |y|, y being the
+recomputed one: the rounding errors of an implementation grow with the size of its logits.
 """
 
 import math
@@ -21,6 +24,7 @@ from storage.keys import LabelSetSpec
 from storage.labels.base import UNUSED_ID
 from storage.labels.topk import MAX_STEPS, STEPS_PER_NAT
 from storage.samples import ROUNDING_NATS, LabelledSample
+from storage.sharpness import Sharpness, Slope, sharpness_of, slope_of
 from storage.tail import normalized_categories
 
 Floats = npt.NDArray[np.float64]
@@ -32,6 +36,9 @@ LOWEST_NATS: Final = -MAX_STEPS / STEPS_PER_NAT
 KLS: Final = ("kl", "reverse_kl")
 """Differences that grow with the square of an error."""
 
+ROUNDOFFS: Final = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Unit roundoff by dtype: half the distance from 1 to the next larger number."""
+
 TAIL_FLOORS: Final = {"exact": 1e-12, "topk": 2e-3}
 """Tail mass below which only its absolute size counts, by ``tail`` of the spec. One minus a float32
 sum is off by 2e-7, which is 1e-4 of 2e-3."""
@@ -42,12 +49,6 @@ about 2 / sqrt(n), for errors with heavy tails; four of them are allowed."""
 
 LARGEST_FACTOR: Final = 2.0
 """The ratio of two maxima scatters more than that of two root mean squares."""
-
-SHARPNESS_LIMIT: Final = 0.02
-"""A temperature that is wrong by less than this passes: it changes a KL by some 1e-4 nats."""
-
-SHARPNESS_STANDARD_ERRORS: Final = 5.0
-"""How many standard errors the measured sharpness may lie off; 6e-7 of a normal distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +151,7 @@ class Agreement(Config):
     worst_sample_kl: float
     """Its mean KL, nats per position."""
     worst_sample_limit: float
-    sharpness: float
-    """Inverse temperature of the stored distributions relative to the recomputed ones."""
-    sharpness_limit: float
-    """Largest allowed distance of the sharpness from 1."""
+    sharpness: Sharpness
     head_overlap: float
     """Share of the recomputed likeliest ids that are stored."""
     argmax_agreement: float
@@ -174,39 +172,38 @@ class Agreement(Config):
                 f"{self.worst_sample_kl:.3g} nats per position, allowed is "
                 f"{self.worst_sample_limit:.3g}"
             )
-        if not abs(self.sharpness - 1) <= self.sharpness_limit:
-            found.append(
-                f"the stored distributions are {self.sharpness:.3f} times as sharp as the "
-                f"teacher's (inverse temperature), allowed is 1 up to {self.sharpness_limit:.3f}"
-            )
-        return found
+        return found + self.sharpness.reasons()
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How far labels may be from their recomputation."""
 
-    float32_nats: float
-    """Largest difference of a log-prob between two float32 implementations of the teacher."""
+    float32: float
+    """Largest difference between two float32 implementations of the teacher."""
     noise_factor: float
     """How much further from float32 than transformers in the dtype of the set; squared for a KL."""
     max_kl: float
     """Largest mean KL of a sample that no noise excuses, nats per position."""
 
+    vocab_size: int
+    roundoff: float
+    """Unit roundoff of the dtype of the set: noise below it is luck, of a few rows."""
+
     def exact(self, name: str) -> float:
         """Largest difference of one number in float32; ``docs/certificate.md`` has the proofs."""
-        rounded = self.float32_nats + ROUNDING_NATS
         if name in KLS:
-            return rounded**2 / 2
-        if name == "logprob":
-            return rounded
+            return (ROUNDING_NATS + self.float32 * (1 + math.log(self.vocab_size))) ** 2 / 2
         # two log-probs change places if both are off
-        return (2 if name in ("token_rank", "head_gap") else 1) * self.float32_nats
+        return (2 if name in ("token_rank", "head_gap") else 1) * self.float32
 
-    def noisy(self, name: str, noise: float, num_rows: int) -> float:
+    def noisy(self, name: str, noise: float, num_rows: int, *, largest: bool = False) -> float:
         """Largest size of a difference whose noise has the size ``noise`` over so many rows."""
         factor = self.noise_factor * (1 + NOISE_STANDARD_ERRORS / math.sqrt(num_rows))
-        return self.exact(name) + noise * (factor**2 if name in KLS else factor)
+        factor *= LARGEST_FACTOR if largest else 1.0
+        if name in KLS:
+            return self.exact(name) + factor**2 * max(noise, self.roundoff**2 / 2)
+        return self.exact(name) + factor * max(noise, self.roundoff)
 
 
 def compare(rows: Sequence[Recomputed], spec: LabelSetSpec, limits: Limits) -> Agreement:
@@ -228,14 +225,10 @@ def compare(rows: Sequence[Recomputed], spec: LabelSetSpec, limits: Limits) -> A
         for numbers, row in zip(rough, rows, strict=bool(rough))
     ]
     for error, row in zip(errors, rows, strict=True):
-        error["token_rank"] = row.exact.rank_gap_N
+        error["token_rank"] = _relative(row.exact.rank_gap_N, row.exact.token_logprob_N)
     for noise in noises:  # who has the wrong rank was off, or those that it was compared with
         noise["token_rank"] = noise["logprob"]
     num_rows = sum(len(row.sample.positions_N) for row in rows)
-    sharpness, standard_error = _sharpness(stored, rows)
-    sharpness_limit = SHARPNESS_LIMIT + SHARPNESS_STANDARD_ERRORS * standard_error
-    if rough:
-        sharpness_limit += limits.noise_factor * abs(_sharpness(rough, rows)[0] - 1)
     worst, worst_kl, worst_limit = _worst_sample(rows, errors, noises, limits)
     heads = [_overlap(row.sample.topk_ids_NK, row.exact.top_ids_NK) for row in rows]
     firsts = [row.sample.topk_ids_NK[:, 0] == row.exact.top_ids_NK[:, 0] for row in rows]
@@ -248,8 +241,12 @@ def compare(rows: Sequence[Recomputed], spec: LabelSetSpec, limits: Limits) -> A
         worst_sample=worst,
         worst_sample_kl=worst_kl,
         worst_sample_limit=worst_limit,
-        sharpness=sharpness,
-        sharpness_limit=sharpness_limit,
+        sharpness=sharpness_of(
+            _slopes(stored, rows),
+            _slopes(rough, rows[: len(rough)]),
+            [row.sample.key for row in rows],
+            noise_factor=limits.noise_factor,
+        ),
         head_overlap=float(np.mean(np.concatenate(heads))),
         argmax_agreement=float(np.mean(np.concatenate(firsts))),
         padding_mass=float(np.mean(np.concatenate([row.exact.padding_mass_N for row in rows]))),
@@ -270,8 +267,7 @@ def _difference(
         noise = np.abs(np.concatenate([noise[name] for noise in noises]))
         typical_noise, max_noise = _typical(name, noise), float(noise.max())
         typical_limit = limits.noisy(name, typical_noise, num_rows)
-        largest = LARGEST_FACTOR**2 if name in KLS else LARGEST_FACTOR
-        max_limit = limits.noisy(name, largest * max_noise, num_rows)
+        max_limit = limits.noisy(name, max_noise, num_rows, largest=True)
     return Difference(
         mean=float(sizes.mean()),
         p99=float(np.percentile(sizes, 99)),
@@ -296,10 +292,12 @@ def _worst_sample(
 ) -> tuple[str, float, float]:
     """Key, mean KL and limit of the sample that is worst in proportion to its limit."""
     found = []
+    noise_kls = [float(noise["kl"].mean()) for noise in noises]
     for number, (row, error) in enumerate(zip(rows, errors, strict=True)):
         limit = limits.exact("kl")
-        if noises:
-            limit = limits.noisy("kl", float(noises[number]["kl"].mean()), len(error["kl"]))
+        if noises:  # a short sample can be lucky in its own noise
+            noise = max(noise_kls[number], float(np.mean(noise_kls)))
+            limit = limits.noisy("kl", noise, len(error["kl"]))
         limit = min(limit, limits.max_kl)
         found.append((row.sample.key, float(error["kl"].mean()), limit))
     return max(found, key=lambda entry: entry[1] / entry[2])
@@ -322,23 +320,40 @@ def _differences(
 ) -> dict[str, Floats]:
     """What to compare, by name; one entry per row, or per stored log-prob."""
     used_NK = np.isfinite(exact.logprobs_NK)
+    theirs_U, ours_U = (_clipped(side.logprobs_NK[used_NK]) for side in (exact, numbers))
+    tokens_N = np.maximum(exact.token_logprob_N, LOWEST_NATS)
     floor = TAIL_FLOORS[spec.tail]
+    tails_N = np.log(np.exp(exact.log_tail_mass_N) + floor)
+    last_N = np.where(used_NK, exact.logprobs_NK, np.inf).min(axis=1)
     theirs_NC, ours_NC = _categories(exact), _categories(numbers)
     return {
-        "logprob": _clipped(numbers.logprobs_NK[used_NK]) - _clipped(exact.logprobs_NK[used_NK]),
-        "token_logprob": np.maximum(numbers.token_logprob_N, LOWEST_NATS)
-        - np.maximum(exact.token_logprob_N, LOWEST_NATS),
-        "log_tail_mass": np.log(
-            (np.exp(numbers.log_tail_mass_N) + floor) / (np.exp(exact.log_tail_mass_N) + floor)
+        "logprob": _relative(_beyond_rounding(ours_U - theirs_U), theirs_U),
+        "token_logprob": _relative(
+            np.maximum(numbers.token_logprob_N, LOWEST_NATS) - tokens_N, tokens_N
+        ),
+        "log_tail_mass": _relative(
+            np.log(np.exp(numbers.log_tail_mass_N) + floor) - tails_N, tails_N
         ),
         **{
-            name: (values - exact.scalars[name]) / (1 + np.abs(exact.scalars[name]))
+            name: _relative(values - exact.scalars[name], exact.scalars[name])
             for name, values in numbers.scalars.items()
         },
-        "head_gap": head_gap_N,
+        "head_gap": _relative(head_gap_N, last_N),
         "kl": _kl(theirs_NC, ours_NC),
         "reverse_kl": _kl(ours_NC, theirs_NC),
     }
+
+
+def _relative(differences: Floats, recomputed: Floats) -> Floats:
+    """Differences in proportion to what float32 can resolve."""
+    relative: Floats = differences / (1 + np.abs(recomputed))
+    return relative
+
+
+def _beyond_rounding(differences: Floats) -> Floats:
+    """What of a difference being stored cannot explain."""
+    excess: Floats = np.maximum(np.abs(differences) - ROUNDING_NATS, 0.0)
+    return excess
 
 
 def _categories(numbers: RowNumbers) -> Floats:
@@ -362,30 +377,11 @@ def _kl(one_NC: Floats, other_NC: Floats) -> Floats:
     return np.maximum(kl_N, 0.0)  # rounding can leave a KL of zero at -1e-17
 
 
-def _sharpness(numbers: Sequence[RowNumbers], rows: Sequence[Recomputed]) -> tuple[float, float]:
-    """Inverse temperature at which the recomputed distributions would resemble the given ones most.
-
-    The slope of given on recomputed log-probs, both centred within their row and weighted by the
-    recomputed probabilities; and its standard error, with whole samples as the independent units.
-    """
-    products, squares = [], []
-    for given, row in zip(numbers, rows, strict=True):
-        exact_NK = _clipped(row.exact.logprobs_NK)
-        used_NK = np.isfinite(exact_NK)
-        p_NK = np.exp(exact_NK)
-        p_NK /= p_NK.sum(axis=1, keepdims=True)
-        centred = []
-        for side_NK in (exact_NK, _clipped(given.logprobs_NK)):
-            values_NK = np.where(used_NK, side_NK, 0.0)
-            centred.append(values_NK - (p_NK * values_NK).sum(axis=1, keepdims=True))
-        products.append(float((p_NK * centred[0] * centred[1]).sum()))
-        squares.append(float((p_NK * centred[0] ** 2).sum()))
-    total = sum(squares)
-    if total == 0:  # a single id per row, or all equally likely: nothing to be sharper than
-        return 1.0, 0.0
-    slope = sum(products) / total
-    residuals = [product - slope * s for product, s in zip(products, squares, strict=True)]
-    return slope, float(np.linalg.norm(residuals)) / total
+def _slopes(numbers: Sequence[RowNumbers], rows: Sequence[Recomputed]) -> list[Slope]:
+    return [
+        slope_of(_clipped(given.logprobs_NK), _clipped(row.exact.logprobs_NK))
+        for given, row in zip(numbers, rows, strict=True)
+    ]
 
 
 def _overlap(stored_NK: Ids, recomputed_NK: Ids) -> npt.NDArray[Any]:

@@ -20,9 +20,9 @@ class QaConfig(Config):
     only, no model."""
     seed: int = Field(default=0, ge=0)
     """Another seed looks at other samples."""
-    float32_nats: float = Field(default=1e-4, gt=0)
-    """Largest difference of a log-prob between the engine and transformers, both in float32. Raise
-    it only for a model so deep that its kernels differ by more."""
+    float32: float = Field(default=1e-4, gt=0)
+    """Largest difference x - y between engine and transformers, both in float32, in proportion to
+    1 + |y|. Raise it only for a model so deep that its kernels differ by more."""
     noise_factor: float = Field(default=2.0, ge=1)
     """How much further from float32 than transformers in the same dtype labels in bfloat16 or
     float16 may be. Raise it only for an engine whose kernels are known to be less exact."""

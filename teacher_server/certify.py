@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Literal
 
-from storage.agreement import Agreement, DenseRows, Limits, Recomputed, compare
+from storage.agreement import (
+    ROUNDOFFS,
+    Agreement,
+    DenseRows,
+    Limits,
+    Recomputed,
+    compare,
+)
 from storage.certificate import Certificate, publish_certificate
 from storage.coverage import Coverage, CoverageCount
 from storage.drawing import Drawing, DrawingTest
@@ -106,7 +113,13 @@ class _Findings:
         exact = self._scored(samples, exact=True, rough=rough)
         noises = rough or repeat(None)
         rows = [Recomputed(*found) for found in zip(samples, exact, noises, strict=False)]
-        limits = Limits(settings.float32_nats, settings.noise_factor, settings.max_kl)
+        limits = Limits(
+            float32=settings.float32,
+            noise_factor=settings.noise_factor,
+            max_kl=settings.max_kl,
+            vocab_size=spec.vocab_size,
+            roundoff=max(ROUNDOFFS[generation.compute_dtype], ROUNDOFFS[generation.head_dtype]),
+        )
         self.agreement = compare(rows, spec, limits)
 
     def _first_samples(self, keys: Sequence[str]) -> list[LabelledSample]:

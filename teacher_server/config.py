@@ -17,6 +17,7 @@ from storage.keys import (
     TopKSpec,
     canonical_columns,
 )
+from storage.qa import QaConfig
 
 
 class GgufModelConfig(Config):
@@ -172,6 +173,8 @@ class LabelConfig(Config):
     that are requested."""
     deadline_s: float = Field(default=1800.0, gt=0)
     """Seconds without a finished sample after which an engine counts as hung and is replaced."""
+    qa: QaConfig = QaConfig()
+    """How the labels are checked once they are made. Never part of the labels' identity."""
 
     def bad_samples_allowed(self, num_requested: int) -> int:
         """Samples that may go to quarantine, of so many that are requested."""

@@ -194,7 +194,7 @@ def _lines(certificate: "Certificate") -> list[str]:
         lines.append(
             f"worst sample: KL {agreement.worst_sample_kl:.1e} nats, limit "
             f"{agreement.worst_sample_limit:.1e} ({agreement.worst_sample}); sharpness "
-            f"{agreement.sharpness:.4f}; likeliest token equal in "
+            f"{agreement.sharpness.value:.4f}; likeliest token equal in "
             f"{agreement.argmax_agreement:.2%} of rows, stored ids in {agreement.head_overlap:.2%}"
         )
     if drawing is not None:

@@ -98,7 +98,7 @@ def test_labels_of_vllm_in_bfloat16_are_within_its_noise(
     for name in ("logprob", "token_logprob", "log_tail_mass", "entropy", "kl", "power_slope_50"):
         difference = agreement.differences[name]
         assert difference.typical_noise is not None
-        assert 0 < difference.typical < 2 * difference.typical_noise + 0.002
+        assert 0 < difference.typical < 2 * difference.typical_noise
     assert agreement.padding_mass > 0.01  # 384 rows for 260 ids, and random weights
     assert found.provenance["backend"] == "transformers"
 
@@ -180,8 +180,8 @@ def test_a_project_is_certified_and_shown(
     found = Certificate.model_validate_json(json.dumps(document))
     assert (found.verdict, found.num_samples) == ("fit", 30)
     assert found.agreement is not None
-    assert found.agreement.differences["logprob"].max < 1 / 512 + 1e-5
-    assert found.agreement.differences["token_logprob"].max < 1e-5
+    for name in ("logprob", "token_logprob", "entropy", "log_tail_mass"):
+        assert found.agreement.differences[name].max < 5e-5
     assert found.drawing is not None
     assert found.drawing.method == "chi_square"
     key, store = found.label_set, tmp_path / "labels"
