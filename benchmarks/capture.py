@@ -12,9 +12,9 @@ import contextlib
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.ray_data import generated_through_ray_data
 from benchmarks.teacher_rows import TEACHER
 from storage.keys import (
     GenerationSpec,
@@ -53,8 +54,9 @@ SCORED_AT_ONCE = 8
 
 STOCK_METHODS = ("compute_logprobs", "gather_logprobs")
 MEMORY_SAMPLES = 64
-RAY_ROWS = (128, 640)
-"""Rows of the two jobs through Ray Data; their difference leaves the start of the engine out."""
+RAY_ROWS = (128, 128, 1024)
+"""Rows of jobs through Ray Data: a warm-up, and two whose difference leaves the start of the engine
+out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +68,23 @@ class Size:
 
 
 SIZES = {
-    "tiny": {True: Size(256, 48), False: Size(512, 128)},
-    "SmolLM2": {True: Size(64, 24), False: Size(128, 96)},
+    "tiny": {True: Size(128, 32), False: Size(512, 128)},
+    "SmolLM2": {True: Size(32, 16), False: Size(128, 96)},
 }
 """By teacher and ``--quick``."""
 
 
 # -- teachers -------------------------------------------------------------------------------------
 def make_tiny_teacher(directory: Path) -> None:
-    """Two layers with random weights; a tokenizer of all bytes and many pairs of them."""
+    """Two layers with random weights; a tokenizer of letters and many pairs of characters.
+
+    All ASCII: half of a character would take vLLM's default settings far longer to decode.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = [chr(code) for code in range(33, 127)]
     pairs = [one + other for one in alphabet for other in alphabet]
     tokens = ["<|end|>", *alphabet, *pairs][:TINY_VOCAB_SIZE]
     tokenizer = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(tokens)}, merges=[]))
@@ -400,103 +405,31 @@ def memory_goal(bench: Bench, rounds: int) -> harness.Goal:
 
 
 # -- Ray Data -------------------------------------------------------------------------------------
-class ProcessTree:
-    """CPU seconds of this process and its descendants, also of those that have ended."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, float] = {}
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while True:
-            for process, seconds in self._now().items():
-                self._seen[process] = max(self._seen.get(process, 0.0), seconds)
-            time.sleep(0.1)
-
-    def seconds(self) -> float:
-        """Until a tenth of a second ago."""
-        return sum(self._seen.values())
-
-    def _now(self) -> dict[int, float]:
-        found = {}
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit():
-                try:
-                    text = (folder / "stat").read_text()
-                except OSError:  # it has just ended
-                    continue
-                fields = text.rpartition(")")[2].split()
-                ticks = int(fields[11]) + int(fields[12])
-                found[int(folder.name)] = (int(fields[1]), ticks / os.sysconf("SC_CLK_TCK"))
-        family, size = {os.getpid()}, 0
-        while len(family) > size:
-            size = len(family)
-            family |= {process for process, (parent, _) in found.items() if parent in family}
-        return {process: found[process][1] for process in family if process in found}
-
-
-def ray_here(model: str, max_tokens: int) -> dict[str, float]:
-    """CPU microseconds per token of generation with log-probs through Ray Data, in this process."""
+def ray_here(model: str, max_tokens: int) -> float:
+    """CPU microseconds per token of generation with log-probs through Ray Data."""
     os.environ.update(vllm_environment(CONFIG))
-    import ray
-    import ray.data
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    tree = ProcessTree()
-    config = vLLMEngineProcessorConfig(
-        model_source=model,
-        engine_kwargs={
-            "dtype": "float32",
-            "max_model_len": MAX_MODEL_LEN,
-            "max_num_seqs": CONFIG.max_num_seqs,
-            "max_logprobs": K,
-            "enforce_eager": True,
-            "disable_log_stats": True,
-        },
-        batch_size=CONFIG.max_num_seqs,
-        chat_template_stage=False,
-        tokenize_stage=False,
-        detokenize_stage=False,
-        prepare_multimodal_stage=False,
-        log_engine_metrics=False,
-        accelerator_type=None,
-        placement_group_config={"bundles": [{"CPU": 1}]},
-    )
-    options = {"max_tokens": max_tokens, "temperature": 1.0, "logprobs": K}
-    processor = build_processor(
-        config,
-        preprocess=lambda row: {
-            "tokenized_prompt": row["ids"],
-            "prompt": "",
-            "sampling_params": options,
-        },
-        postprocess=lambda row: {
-            "tokens": row["num_generated_tokens"],
-            "ids": row["generated_tokens"],
-            "logprobs": row["logprobs"],
-        },
-    )
-    measured = []
-    for count in RAY_ROWS:
-        requests = make_requests(count, TINY_VOCAB_SIZE)
-        before = tree.seconds()
-        rows = ray.data.from_items([{"ids": r.prompt_ids_P.tolist()} for r in requests])
-        tokens = processor(rows).materialize().sum("tokens")
-        time.sleep(1.0)
-        measured.append((tree.seconds() - before, tokens))
-    (small, small_tokens), (large, large_tokens) = measured
-    ray.shutdown()
-    return {"us": 1e6 * (large - small) / (large_tokens - small_tokens)}
+    prompts = [
+        [request.prompt_ids_P.tolist() for request in make_requests(rows, TINY_VOCAB_SIZE)]
+        for rows in RAY_ROWS
+    ]
+    engine = {
+        "dtype": "float32",
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": CONFIG.max_num_seqs,
+        "max_logprobs": K,
+        "enforce_eager": True,
+        "disable_log_stats": True,
+    }
+    sampling = {"max_tokens": max_tokens, "temperature": 1.0, "logprobs": K}
+    _, small, large = generated_through_ray_data(model, prompts, engine=engine, sampling=sampling)
+    return 1e6 * (large.seconds - small.seconds) / (large.tokens - small.tokens)
 
 
 def ray_goal(model: Path, max_tokens: int, job_us: float) -> harness.Goal:
     """Ray Data against our job, both in CPU time per token."""
-    import subprocess
-
     command = [sys.executable, __file__, "--ray", str(model), "--max-tokens", str(max_tokens)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    us = json.loads(output.splitlines()[-1])["us"]
+    us = float(output.splitlines()[-1])
     return harness.Goal(
         "faster than Ray Data LLM, tiny",
         ">= 2.5x",
@@ -593,7 +526,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=0, help="(internal) of --ray")
     arguments = parser.parse_args()
     if arguments.ray:
-        print(json.dumps(ray_here(arguments.ray, arguments.max_tokens)))
+        print(ray_here(arguments.ray, arguments.max_tokens))
         return 0
     goals: list[harness.Goal] = []
     with tempfile.TemporaryDirectory() as scratch:

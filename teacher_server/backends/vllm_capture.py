@@ -14,7 +14,6 @@ Neither is trusted: ``vllm_self_test.py`` compares both with vLLM's public flat 
 start. Requests tell the hooks what they need by a ticket in ``SamplingParams.extra_args``.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,6 +49,9 @@ PROMPT_BLOCK_ELEMENTS: Final = 2**24
 """Logits of prompt rows that exist at a time on CPU (64 MiB); few rows make slow products."""
 
 GPU_PROMPT_BLOCK_ELEMENTS: Final = 2**26
+
+MOST_VIEWS: Final = 64
+"""Steps whose rows, of all requests, a single request keeps in memory."""
 
 
 def is_supported(version: str) -> bool:
@@ -164,10 +166,7 @@ class _WorkerCapture:
             return found
         # a request that was preempted is not scheduled, and begins again later
         parts = [self._part(name, num_scheduled[name]) for name in pending if name in num_scheduled]
-        for columns, owners in self._label_prompts(hidden_NH, parts):
-            for part, rows, block in owners:
-                for tensor, values in zip(part.tensors[:3], columns, strict=True):
-                    tensor[rows].copy_(values[block], non_blocking=True)
+        self._fill(hidden_NH, [part for part in parts if len(part.token_ids_N)])
         finished = {part.request_id: part.tensors for part in parts if part.is_last}
         for request_id in finished:
             del pending[request_id]
@@ -201,38 +200,55 @@ class _WorkerCapture:
             tensors=tensors,
             first_row=first,
             places_N=due - 1 - start + int(offset),
-            token_ids=[prompt_ids[n] for n in due],
+            token_ids_N=np.array(prompt_ids)[due],
             key=note.get("key", ""),
-            positions=(due - note.get("prompt_tokens", 0)).tolist(),
+            positions_N=due - note.get("prompt_tokens", 0),
             is_last=end >= len(prompt_ids),
         )
 
-    def _label_prompts(
-        self, hidden_NH: Any, parts: "list[_PromptPart]"
-    ) -> "Iterator[tuple[tuple[Any, Any, Any], list[tuple[_PromptPart, slice, slice]]]]":
-        """Columns block by block, and which rows of which request they are.
+    def _fill(self, hidden_NH: Any, parts: "list[_PromptPart]") -> None:
+        """Label the rows of some requests, and put them where vLLM expects them."""
+        if not parts:
+            return
+        columns = self._label_prompts(hidden_NH, parts)
+        begin = 0
+        for part in parts:
+            count = len(part.token_ids_N)
+            rows = slice(part.first_row, part.first_row + count)
+            for tensor, values in zip(part.tensors[:3], columns, strict=True):
+                tensor[rows].copy_(values[begin : begin + count], non_blocking=True)
+            begin += count
+
+    def _label_prompts(self, hidden_NH: Any, parts: "list[_PromptPart]") -> tuple[Any, ...]:
+        """Columns of all labelled rows, request after request.
 
         Blocks run over requests: the output layer is read once for every block.
         """
         import torch
 
+        places_N = torch.from_numpy(np.concatenate([part.places_N for part in parts]))
+        token_ids_N = torch.from_numpy(np.concatenate([part.token_ids_N for part in parts]))
+        keys, positions = [], []
+        if self._rows.layout.num_tail_samples:
+            keys = [part.key for part in parts for _ in part.token_ids_N]
+            positions = np.concatenate([part.positions_N for part in parts]).tolist()
         elements = GPU_PROMPT_BLOCK_ELEMENTS if hidden_NH.is_cuda else PROMPT_BLOCK_ELEMENTS
         size = max(1, elements // self._runner.model_config.get_vocab_size())
-        rows = [(part, row) for part in parts for row in range(len(part.token_ids))]
-        for begin in range(0, len(rows), size):
-            block = rows[begin : begin + size]
-            places = [int(part.places_N[row]) for part, row in block]
-            token_ids = torch.tensor([part.token_ids[row] for part, row in block])
+        found = []
+        for begin in range(0, len(places_N), size):
+            block = slice(begin, begin + size)
+            places = places_N[block].to(hidden_NH.device)
             logits_NV = self._runner.model.compute_logits(hidden_NH[places])
             logprobs_NV = logits_NV if logits_NV.dtype.itemsize == 4 else logits_NV.float()
             summary = self._rows.summarize(logits_NV, logprobs_NV)
             samples = None
             if self._rows.layout.num_tail_samples:
-                keys = [part.key for part, _ in block]
-                positions = [part.positions[row] for part, row in block]
-                samples = self._rows.tail_samples(summary, logprobs_NV, keys, positions)
-            token_ids = token_ids.to(hidden_NH.device)
-            yield self._rows.assemble(summary, logprobs_NV, token_ids, samples), _owners(block)
+                samples = self._rows.tail_samples(
+                    summary, logprobs_NV, keys[block], positions[block]
+                )
+            token_ids = token_ids_N[block].to(hidden_NH.device)
+            found.append(self._rows.assemble(summary, logprobs_NV, token_ids, samples))
+        return tuple(torch.cat(columns) for columns in zip(*found, strict=True))
 
     def _sampled_places(self, num_rows: int) -> tuple[list[str], list[int]]:
         """Sample key and response position of every sampled row, which are one per request."""
@@ -270,25 +286,12 @@ class _PromptPart:
     """Row of ``tensors`` where these begin."""
     places_N: npt.NDArray[np.int64]
     """Of their hidden states in the step."""
-    token_ids: list[int]
+    token_ids_N: npt.NDArray[np.int64]
     key: str
-    positions: list[int]
+    positions_N: npt.NDArray[np.int64]
     """In the response."""
     is_last: bool
     """Whether the prompt is through."""
-
-
-def _owners(block: list[tuple[_PromptPart, int]]) -> list[tuple[_PromptPart, slice, slice]]:
-    """Which rows of which request a block of (request, row) holds, and at which of its rows."""
-    found = []
-    begin = 0
-    while begin < len(block):
-        part, row = block[begin]
-        count = min(len(part.token_ids) - row, len(block) - begin)
-        first = part.first_row + row
-        found.append((part, slice(first, first + count), slice(begin, begin + count)))
-        begin += count
-    return found
 
 
 class _KeptHead:
@@ -319,46 +322,40 @@ class _KeptHead:
 
 # -- in the front end ------------------------------------------------------------------------------
 class ArrayRows:
-    """The rows of one request, in arrays that grow as they fill."""
+    """The rows of one request, as the engine sent them."""
 
-    __slots__ = ("_count", "_ids", "_numbers", "_ranks", "flat")
+    __slots__ = ("_folded", "_recent", "flat")
 
     def __init__(self, flat: Any) -> None:
-        self._count = 0
-        self._ids = np.empty((0, 0), dtype=np.int32)
-        self._numbers = np.empty((0, 0), dtype=np.float32)
-        self._ranks = np.empty(0, dtype=np.int32)
+        self._recent: list[tuple[Any, Any, Any]] = []
+        self._folded: list[tuple[Any, Any, Any]] = []
         self.flat = flat
         """vLLM's own flat log-probs of the same rows, in the self-test."""
 
-    def __len__(self) -> int:
-        return self._count
+    def append(self, ids_NC: Any, numbers_NC: Any, ranks_N: Any) -> None:
+        """Take rows, which are views of those of the whole batch."""
+        self._recent.append((ids_NC, numbers_NC, ranks_N))
+        if len(self._recent) == MOST_VIEWS:
+            self._fold()
 
-    def append(self, ids: Any, numbers: Any, ranks: Any) -> None:
-        """Copy rows in: views would keep those of every other request of the batch alive."""
-        end = self._count + len(ranks)
-        if end > len(self._ranks):
-            self._grow(max(end, 2 * len(self._ranks)), ids.shape[1])
-        rows = slice(self._count, end)
-        self._ids[rows], self._numbers[rows], self._ranks[rows] = ids, numbers, ranks
-        self._count = end
-
-    def _grow(self, capacity: int, width: int) -> None:
-        for name, shape in (
-            ("_ids", (capacity, width)),
-            ("_numbers", (capacity, width)),
-            ("_ranks", (capacity,)),
-        ):
-            old = getattr(self, name)
-            new = np.empty(shape, dtype=old.dtype)
-            if self._count:
-                new[: self._count] = old[: self._count]
-            setattr(self, name, new)
+    def _fold(self) -> None:
+        """Copy the views together, so that the rows of other requests can go."""
+        ids, numbers, ranks = zip(*self._recent, strict=True)
+        self._folded.append(
+            (np.concatenate(ids), np.concatenate(numbers), np.concatenate(ranks, dtype=np.int32))
+        )
+        self._recent = []
 
     def arrays(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-        """Ids int32[T, C], numbers float32[T, C] and ranks int32[T]."""
-        rows = slice(0, self._count)
-        return self._ids[rows], self._numbers[rows], self._ranks[rows]
+        """Ids int32[T, C], numbers float32[T, C] and ranks int32[T]; copies, of one row or more."""
+        if self._recent:
+            self._fold()
+        if len(self._folded) > 1:
+            ids, numbers, ranks = zip(*self._folded, strict=True)
+            self._folded = [(np.concatenate(ids), np.concatenate(numbers), np.concatenate(ranks))]
+        if not self._folded:
+            return np.empty((0, 0), np.int32), np.empty((0, 0), np.float32), np.empty(0, np.int32)
+        return self._folded[0]
 
 
 def keep_arrays() -> None:

@@ -37,11 +37,8 @@ CPU_BLOCK_ELEMENTS: Final = 2**20
 
 GPU_BLOCK_ELEMENTS: Final = 2**25
 
-CHUNK_SIZES: Final = (64, 32)
-"""Tokens of a chunk in the first stage of a top-k."""
-
-TWO_STAGE_WIDTH: Final = 2**14
-"""Vocabulary from which two stages pay, if the second one sees at most a quarter of a row."""
+GROUP_SIZE: Final = 8
+"""Tokens that a stage of a top-k puts together."""
 
 LOWEST_LOGIT: Final = -1e30
 """Stands for minus infinity, which times a probability of zero would not be zero."""
@@ -132,7 +129,10 @@ class LabelRows:
         if logits_NV.is_cuda:  # looking for infinities would wait for the device
             logits_NV = logits_NV.clamp_min(LOWEST_LOGIT)
         ids_NK = likeliest(logits_NV[:, : self.spec.vocab_size], self.layout.k)
-        top_N1 = logits_NV.amax(dim=-1, keepdim=True).float()
+        top_N1 = logits_NV.gather(1, ids_NK[:, :1]).float()
+        if self.spec.vocab_size < logits_NV.shape[1]:
+            padding = logits_NV[:, self.spec.vocab_size :].amax(dim=-1, keepdim=True)
+            top_N1 = torch.maximum(top_N1, padding.float())
         masses_NV = self._scratch_like(logprobs_NV)
         torch.add(top_N1 * -LOG2_E, logits_NV, alpha=LOG2_E, out=masses_NV)
         masses_NV.exp2_()
@@ -144,7 +144,7 @@ class LabelRows:
         logprobs_NK = logprobs_NV.gather(1, ids_NK)
         found = {LOG_TAIL_MASS: (tail_N1 / total_N1).log().clamp_min(LOG_ZERO)[:, 0]}
         if "entropy" in self.layout.scalars:
-            tail_part_N = torch.linalg.vecdot(masses_NV, logprobs_NV)
+            tail_part_N = masses_NV.mul_(logprobs_NV).sum(dim=-1)
             head_part_N = (masses_NK * logprobs_NK).sum(dim=-1)
             found["entropy"] = -(tail_part_N + head_part_N) / total_N1[:, 0]
         found |= self._power_sums(logprobs_NV)
@@ -166,8 +166,7 @@ class LabelRows:
             sum_N = powers_NV.exp2_().sum(dim=-1)
             found[LOG_POWER_SUM + power] = sum_N.log()
             if POWER_SLOPE + power in self.layout.scalars:
-                slope_N = torch.linalg.vecdot(powers_NV, logprobs_NV) / sum_N
-                found[POWER_SLOPE + power] = slope_N
+                found[POWER_SLOPE + power] = powers_NV.mul_(logprobs_NV).sum(dim=-1) / sum_N
         return found
 
     def _scratch_like(self, block_NV: Tensor) -> Tensor:
@@ -241,24 +240,21 @@ class LabelRows:
 def likeliest(logits_NV: Tensor, k: int) -> Tensor:
     """Ids int64[N, K] of the k largest numbers of every row, largest first.
 
-    On CPU exact in two stages: the k largest numbers lie in the k chunks with the largest maxima,
-    or in the rest of the row that fills no chunk.
+    On CPU exact in stages: the k largest numbers lie in the k groups with the largest maxima, which
+    are found in the same way, or in the rest of the row that fills no group. Group g holds the
+    tokens g, g + G, g + 2 G, ..., so that maxima are taken over whole vectors.
     """
     num_rows, width = logits_NV.shape
-    sizes = [size for size in CHUNK_SIZES if 4 * k * size <= width]
-    if logits_NV.is_cuda or width < TWO_STAGE_WIDTH or not sizes:
+    if logits_NV.is_cuda or 2 * k * GROUP_SIZE > width:
         return logits_NV.topk(k, dim=-1).indices
-    size, num_chunks = sizes[0], width // sizes[0]
-    chunks_NCS = logits_NV[:, : num_chunks * size].view(num_rows, num_chunks, size)
-    chosen_NK = chunks_NCS.amax(dim=-1).topk(k, dim=-1, sorted=False).indices
-    first_chunk_N1 = torch.arange(num_rows)[:, None] * num_chunks
-    candidates = chunks_NCS.reshape(-1, size)[(chosen_NK + first_chunk_N1).view(-1)]
-    rest = logits_NV[:, num_chunks * size :]
-    candidates_NA = torch.cat([candidates.view(num_rows, k * size), rest], dim=1)
-    places_NK = candidates_NA.topk(k, dim=-1).indices
-    chunk_NK = chosen_NK.gather(1, (places_NK // size).clamp_max(k - 1))
-    in_rest_NK = places_NK - k * size + num_chunks * size
-    return torch.where(places_NK < k * size, chunk_NK * size + places_NK % size, in_rest_NK)
+    num_groups = width // GROUP_SIZE
+    grouped = num_groups * GROUP_SIZE
+    maxima_NG = logits_NV[:, :grouped].view(num_rows, GROUP_SIZE, num_groups).amax(dim=1)
+    groups_NK1 = likeliest(maxima_NG, k)[:, :, None]
+    candidates = (groups_NK1 + torch.arange(0, grouped, num_groups)).view(num_rows, k * GROUP_SIZE)
+    rest = torch.arange(grouped, width).expand(num_rows, -1)
+    ids_NA = torch.cat([candidates, rest], dim=1)
+    return ids_NA.gather(1, logits_NV.gather(1, ids_NA).topk(k, dim=-1).indices)
 
 
 def ranks(live_NV: Tensor, top_NK: Tensor, token_N1: Tensor) -> Tensor:

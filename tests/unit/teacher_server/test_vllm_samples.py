@@ -1,5 +1,6 @@
 """From reported rows to samples: arrays and flat log-probs, and rows that are refused."""
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ from storage.keys import LabelSetSpec, sample_key
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
 from storage.testing import make_spec
-from teacher_server.backends.vllm_capture import ArrayRows, require_supported
+from teacher_server.backends.vllm_capture import MOST_VIEWS, ArrayRows, require_supported
 from teacher_server.backends.vllm_rows import RowLayout
 from teacher_server.backends.vllm_samples import EngineRows, engine_rows, to_sample
 from teacher_server.errors import CaptureError, TeacherError
@@ -108,20 +109,35 @@ def test_flat_and_array_rows_are_the_same() -> None:
         logprobs=rows.numbers_NC.ravel().tolist(),
         ranks=[rank for row in rows.ranks_N.tolist() for rank in (row, *range(1, columns))],
     )
-    assert len(arrays) == 2
     for found in (engine_rows(arrays), engine_rows(flat)):
         np.testing.assert_array_equal(found.ids_NC, rows.ids_NC)
         np.testing.assert_array_equal(found.numbers_NC, rows.numbers_NC)
         np.testing.assert_array_equal(found.ranks_N, rows.ranks_N)
 
 
-def test_rows_that_were_collected_do_not_change_with_the_memory_they_came_from() -> None:
-    rows, _ = public_rows()
+def test_many_rows_stay_in_order() -> None:
+    """Rows that are folded several times, and a rest."""
+    steps = 3 * MOST_VIEWS + 5
+    expected = np.repeat(np.arange(steps, dtype=np.int32)[:, None], 4, axis=1)
     arrays = ArrayRows(None)
-    arrays.append(rows.ids_NC, rows.numbers_NC, rows.ranks_N)
-    before = rows.ids_NC.copy()
-    rows.ids_NC[:] = 0
-    np.testing.assert_array_equal(engine_rows(arrays).ids_NC, before)
+    for step in range(steps):
+        row = expected[step : step + 1]
+        arrays.append(row, row.astype(np.float32), row[:, 0].astype(np.int64))
+    found = engine_rows(arrays)
+    np.testing.assert_array_equal(found.ids_NC, expected)
+    np.testing.assert_array_equal(found.numbers_NC, expected)
+    np.testing.assert_array_equal(found.ranks_N, expected[:, 0])
+    assert found.ranks_N.dtype == np.int32
+
+
+def test_at_most_some_steps_of_a_batch_are_kept_in_memory() -> None:
+    arrays = ArrayRows(None)
+    batches = [np.zeros((8, 4), dtype=np.int32) for _ in range(MOST_VIEWS)]
+    references = [weakref.ref(batch) for batch in batches]
+    for batch in batches:
+        arrays.append(batch[2:3], batch[2:3].astype(np.float32), batch[2:3, 0])
+    del batch, batches
+    assert not any(reference() is not None for reference in references)
 
 
 def test_another_vllm_is_refused_with_the_way_to_do_without_its_private_parts() -> None:
