@@ -78,7 +78,8 @@ def _of_project(
     project = open_project(config, overrides, as_json=as_json)
     with project.running(), Cluster(project.config.cluster) as cluster:
         prepared, plan = plan_project(project)
-        return certify_labels(project, plan, prepared, cluster, _settings(samples), force=force)
+        settings = _settings(project.config.label.qa, samples)
+        return certify_labels(project, plan, prepared, cluster, settings, force=force)
 
 
 def _of_set(
@@ -94,10 +95,11 @@ def _of_set(
     import os
 
     from pipeline.steps.certify import valid_certificate
+    from storage.qa import QaConfig
 
     out = console(as_json=as_json)
     label_set = open_store(store).open(key)
-    settings = _settings(samples)
+    settings = _settings(QaConfig(), samples)
     found = None if force else valid_certificate(label_set, settings)
     if found is not None:
         return found
@@ -110,10 +112,8 @@ def _of_set(
         )
 
 
-def _settings(samples: int | None) -> "QaConfig":
-    from storage.qa import QaConfig
-
-    return QaConfig() if samples is None else QaConfig(samples=samples)
+def _settings(settings: "QaConfig", samples: int | None) -> "QaConfig":
+    return settings if samples is None else settings.model_copy(update={"samples": samples})
 
 
 def _teacher_directory(label_set: "LabelSet", given: Path | None) -> Path:
