@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from storage.config import Config
 from storage.errors import ConfigError
-from student_train.config import EvaluateConfig, TrainConfig
+from student_train.config import EvaluateConfig, TrainConfig, missing_columns
 from teacher_server.config import DataConfig, LabelConfig, TeacherConfig
 
 Tree = dict[str, Any]
@@ -92,6 +92,12 @@ class RunConfig(Config):
                 raise ValueError(
                     f"student {name!r}: loss.hard 'sampled' needs label.mode 'generate'; use "
                     "'dataset' or 'argmax' with scored labels"
+                )
+            lacking = missing_columns(train.loss, self.label.columns)
+            if lacking:
+                raise ValueError(
+                    f"student {name!r}: its loss needs the label columns {', '.join(lacking)}; add "
+                    "them to label.columns"
                 )
         return self
 

@@ -11,6 +11,8 @@ from storage.files import fsync_directory, write_atomically
 from student_train.errors import StudentError
 
 POINTER = "latest.json"
+STATE = "distillcache"
+"""Key of what is ours in the client state of a DeepSpeed checkpoint."""
 
 
 class Checkpoints:
@@ -24,15 +26,22 @@ class Checkpoints:
     def __init__(self, directory: Path, identity: dict[str, str]) -> None:
         self._directory = directory
         self._identity = identity
+        self.state: dict[str, Any] = {}
+        """What :meth:`save` was given beside the engine, after :meth:`load`; empty before."""
 
-    def save(self, engine: Any, step: int, rank: int) -> None:
-        """Save the state after ``step`` steps; call on every rank.
+    def save(self, engine: Any, step: int, rank: int, state: dict[str, Any]) -> None:
+        """Save the engine and ``state`` after ``step`` steps; call on every rank.
+
+        ``state`` is what moves with the steps beside the engine, plain JSON values, equal on all
+        ranks.
 
         The pointer moves only when all ranks have written, and the previous checkpoint is removed
         only after that, so a crash at any moment leaves a loadable one.
         """
         tag = f"step-{step:08d}"
-        engine.save_checkpoint(str(self._directory), tag=tag, save_latest=False)
+        engine.save_checkpoint(
+            str(self._directory), tag=tag, client_state={STATE: state}, save_latest=False
+        )
         torch.distributed.barrier()
         if rank == 0:
             pointer = {"tag": tag, "step": step, **self._identity}
@@ -58,7 +67,8 @@ class Checkpoints:
                     f"{file} was written for {name} {pointer.get(name)!r}, this run has "
                     f"{wanted!r}; remove the folder {self._directory} to start anew"
                 )
-        engine.load_checkpoint(str(self._directory), tag=pointer["tag"])
+        _, client_state = engine.load_checkpoint(str(self._directory), tag=pointer["tag"])
+        self.state = client_state[STATE]
         return int(pointer["step"])
 
     def remove(self) -> None:

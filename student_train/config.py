@@ -1,10 +1,17 @@
 """Settings of student training and evaluation. No torch import here."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from storage.config import Config
+from storage.keys import ColumnSpec
+from student_train.hard.config import CrossEntropyConfig, HardLabel, HardTermConfig
+from student_train.losses.config import TAIL_SAMPLES, ForwardKlConfig, SoftConfig, TaidConfig
+from student_train.losses.config import required_columns as divergence_columns
+from student_train.sections import short_form
+from student_train.weights.config import StaticWeightConfig, WeightConfig
 
 METRICS_FILE = "metrics.jsonl"
 """One line per optimiser step, in the output directory of a training."""
@@ -12,36 +19,128 @@ METRICS_FILE = "metrics.jsonl"
 MODEL_DIRECTORY = "model"
 """The exported student, in the output directory of a training."""
 
-HardLabel = Literal["sampled", "argmax", "dataset"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class StaticWeightConfig(Config):
-    """The same soft weight for every token."""
+class TaidScheduleConfig(Config):
+    """How TAID's interpolation parameter t moves from the student (0) to the teacher (1)."""
 
-    type: Literal["static"] = "static"
-    soft_weight: float = Field(default=0.5, ge=0, le=1)
-    """Share of the soft term: 0 is cross-entropy on hard labels only, 1 is pure soft labels."""
+    mode: Literal["adaptive", "linear"] = "adaptive"
+    """``adaptive``: t rises faster while the loss falls, and never stays below the straight line.
+    ``linear``: the straight line over all steps."""
+    start: float = Field(default=0.4, ge=0, lt=1)
+    """t of the first step. The authors take 0.2 to 0.4; the larger the gap between teacher and
+    student, the smaller."""
+    end: float = Field(default=1.0, gt=0, le=1)
+    """t that is never exceeded."""
+    alpha: float = Field(default=5e-4, ge=0, le=1)
+    """Step size of the adaptive mode per update. It matters only in runs of more than 2 / alpha
+    updates: below, t follows the straight line."""
+    momentum: Beta = 0.99
+    """Share of the old momentum of the loss change that is kept at an update."""
+    reference_steps: int | None = Field(default=None, ge=1)
+    """Set it to rescale alpha to the length of the run: t then takes the course that it would
+    take with ``alpha`` in a run of so many steps. 10000 suits the published alpha."""
+    updates: Literal["optimizer_step", "local_micro_batch"] = "optimizer_step"
+    """``optimizer_step``: one update per step from the loss of all ranks. ``local_micro_batch``: as
+    the authors' release, every rank by itself after every micro-batch; the result then depends on
+    the number of ranks and on ``batch.micro_tokens``."""
+
+    @model_validator(mode="after")
+    def _forwards(self) -> Self:
+        if self.start > self.end:
+            raise ValueError(f"t would fall: start is {self.start:g}, end is {self.end:g}")
+        return self
 
 
-WeightConfig = StaticWeightConfig
+class SupervisionConfig(Config):
+    """What every loss can be told: a divergence on soft labels beside a term on hard labels."""
+
+    type: str
+    soft: SoftConfig
+    weight: WeightConfig
+    hard: HardLabel = "sampled"
+    """Hard label: the token the teacher ``sampled``, its ``argmax``, the token of the ``dataset``
+    (only with labels made in score mode), or a ``random`` one (a control)."""
+    hard_term: HardTermConfig = CrossEntropyConfig()
+    """What is computed with the hard label."""
+    student_entropy: float = Field(default=0.0, ge=0)
+    """Weight of the student's entropy, which is then kept high; 0 is off. Bridge-Garden's control
+    has 0.1."""
+    schedule: TaidScheduleConfig | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.schedule is not None and not isinstance(self.soft, TaidConfig):
+            raise ValueError(
+                f"schedule moves the t of TAID, the soft term is {self.soft.type}; remove it"
+            )
+        if self.hard == "random" and self.weight.needs_hard_label_probability:
+            raise ValueError(
+                f"weight {self.weight.type!r} needs the teacher's probability of the hard label, "
+                "which is not stored for random tokens; use another weight or another hard label"
+            )
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what this loss reports for every step beside the terms that all report."""
+        entropy = ("student_entropy",) if self.student_entropy > 0 else ()
+        return ("hard_weight", *self.hard_term.metrics, *entropy)
+
+    @property
+    def taid_schedule(self) -> TaidScheduleConfig | None:
+        """How t moves; None where the soft term has no t."""
+        if not isinstance(self.soft, TaidConfig):
+            return None
+        return self.schedule or TaidScheduleConfig()
 
 
-class HybridLossConfig(Config):
+class HybridLossConfig(SupervisionConfig):
     """Soft and hard labels blended token by token (Bridge-Garden, ICML 2026)."""
 
     type: Literal["hybrid"] = "hybrid"
-    soft: Literal["forward_kl", "reverse_kl"] = "forward_kl"
-    """Divergence between teacher and student on the k+1 categories (top-k and tail).
-    ``forward_kl`` covers the teacher's modes, ``reverse_kl`` seeks one of them."""
+    soft: SoftConfig = ForwardKlConfig()
+    """Divergence between teacher and student on the k+1 categories (top-k and tail), by its name
+    or as a section with options. ``forward_kl`` covers the teacher's modes, ``reverse_kl`` seeks
+    one of them."""
     weight: WeightConfig = StaticWeightConfig()
     """How soft and hard terms are weighted."""
-    hard: HardLabel = "sampled"
-    """Hard label: the token the teacher ``sampled``, its ``argmax``, or the token of the
-    ``dataset`` (only with labels made in score mode)."""
+    schedule: TaidScheduleConfig | None = None
+    """How t moves, with ``soft: taid`` only; unset, as published."""
 
 
-LossConfig = HybridLossConfig
+class TaidLossConfig(SupervisionConfig):
+    """The teacher interpolated with the student, moving to the teacher (TAID, ICLR 2025)."""
+
+    type: Literal["taid"] = "taid"
+    soft: TaidConfig = TaidConfig()
+    """Options of the divergence."""
+    weight: WeightConfig = StaticWeightConfig(soft_weight=1.0)
+    """How soft and hard terms are weighted; as published there is no hard term."""
+    schedule: TaidScheduleConfig = TaidScheduleConfig()
+    """How t moves."""
+
+
+LossConfig = Annotated[
+    Annotated[HybridLossConfig | TaidLossConfig, Field(discriminator="type")],
+    short_form("hybrid"),
+]
+"""Which loss, and its options."""
+
+
+def required_columns(loss: SupervisionConfig) -> set[str]:
+    """What the cache must hold for a loss beside top-k, tail mass and sampled token.
+
+    Names as in ``label.columns``; ``tail_samples`` stands for a section of samples of any kind.
+    """
+    return divergence_columns(loss.soft) | loss.weight.required_columns
+
+
+def missing_columns(loss: SupervisionConfig, columns: Iterable[ColumnSpec]) -> list[str]:
+    """What a loss needs and the ``columns`` of a label request lack, sorted."""
+    stored = {column if isinstance(column, str) else TAIL_SAMPLES for column in columns}
+    return sorted(required_columns(loss) - stored)
 
 
 class OptimizerConfig(Config):

@@ -5,7 +5,7 @@ The order of samples and their grouping into optimiser steps and micro-batches i
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,9 +15,12 @@ from storage.keys import LabelSetSpec
 from storage.samples import LabelledSample
 from storage.selection import Selection, load_selection
 from storage.store import LabelStore
-from storage.tail import LOG_ZERO
-from student_train.config import BatchConfig, HardLabel, LabelSource
+from student_train.config import BatchConfig, LabelSource
+from student_train.hard.config import HardLabel
 from student_train.losses.base import TeacherRows
+from student_train.sidecar_column import read_sidecar_column
+from student_train.teacher_rows import SIDECAR, teacher_rows
+from student_train.weights.config import SidecarWeightConfig, WeightPolicyConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +65,14 @@ class LabelReader:
 
     Args:
         source: Which labels.
+        weight: The policy that they are read for; its sidecar is read too.
 
     Raises:
-        NotLabelledError: if no set has some sample of the selection.
+        NotLabelledError: if no set, or the sidecar, has some sample of the selection.
+        PreflightError: if the sidecar does not serve.
     """
 
-    def __init__(self, source: LabelSource) -> None:
+    def __init__(self, source: LabelSource, weight: WeightPolicyConfig | None = None) -> None:
         store = LabelStore(source.store)
         self.spec: LabelSetSpec = store.open(source.label_set).spec
         self.selection: Selection = load_selection(store.objects, source.selection)
@@ -78,6 +83,11 @@ class LabelReader:
         prompt_lengths = [len(request.prompt_ids_P) for request in self.selection.requests]
         self.num_tokens = np.array(prompt_lengths, dtype=np.int64) + num_response_tokens
         """int64[S]: prompt plus response tokens of every sample."""
+        self._sidecar = (
+            read_sidecar_column([*self._view.sets, *self._view.upgradable], weight, self._keys)
+            if isinstance(weight, SidecarWeightConfig)
+            else None
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -86,7 +96,13 @@ class LabelReader:
 
     def read(self, indices: Sequence[int]) -> list[LabelledSample]:
         """The samples at these places of the selection, verified."""
-        return list(self._view.read([self._keys[index] for index in indices]))
+        samples = self._view.read([self._keys[index] for index in indices])
+        if self._sidecar is None:
+            return list(samples)
+        return [
+            replace(sample, optional={**sample.optional, SIDECAR: self._sidecar[sample.key]})
+            for sample in samples
+        ]
 
 
 def plan_epoch(
@@ -135,11 +151,16 @@ def split_by_padded_size(
         yield tuple(current)
 
 
-def collate(samples: Sequence[LabelledSample], hard: HardLabel) -> MicroBatch:
+def collate(samples: Sequence[LabelledSample], hard: HardLabel, spec: LabelSetSpec) -> MicroBatch:
     """Pad samples into one micro-batch.
 
     Row n of a sample's labels belongs to the hidden state at ``len(prompt) + position - 1``: the
     one that predicts response token ``position``.
+
+    Args:
+        samples: At least one.
+        hard: Which token is the hard label.
+        spec: Of the samples' label set.
     """
     lengths = [len(s.prompt_ids_P) + len(s.response_ids_R) - 1 for s in samples]
     width = max(lengths)
@@ -155,21 +176,5 @@ def collate(samples: Sequence[LabelledSample], hard: HardLabel) -> MicroBatch:
         torch.from_numpy(input_ids),
         torch.from_numpy(mask),
         torch.from_numpy(np.concatenate(rows).astype(np.int64)),
-        teacher_rows(samples, hard),
-    )
-
-
-def teacher_rows(samples: Sequence[LabelledSample], hard: HardLabel) -> TeacherRows:
-    """The labels of all labelled positions, sample after sample, with the chosen hard label."""
-    ids_NK = torch.from_numpy(np.concatenate([s.topk_ids_NK for s in samples])).long()
-    tokens_N = torch.from_numpy(np.concatenate([s.token_ids_N for s in samples])).long()
-    logprobs_NK = np.concatenate([s.topk_logprobs_NK for s in samples])
-    log_tail_N = np.concatenate([s.log_tail_mass_N for s in samples])
-    # the stored form of "no tail": as a mass it would be infinitely surprising to a student without
-    log_tail_N = np.where(log_tail_N <= LOG_ZERO, np.float32(-np.inf), log_tail_N)
-    return TeacherRows(
-        hard_M=ids_NK[:, 0] if hard == "argmax" else tokens_N,
-        topk_ids_MK=ids_NK,
-        topk_logprobs_MK=torch.from_numpy(logprobs_NK),
-        log_tail_mass_M=torch.from_numpy(log_tail_N),
+        teacher_rows(samples, hard, spec),
     )

@@ -3,11 +3,13 @@
 import os
 import socket
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from student_train.config import TrainConfig
+
+Value = TypeVar("Value")
 
 
 def prepare_process(threads: int) -> None:
@@ -90,3 +92,10 @@ def sum_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
         tensor = tensor.cuda()
     torch.distributed.all_reduce(tensor)
     return dict(zip(values, tensor.tolist(), strict=True))
+
+
+def gather_over_ranks(value: Value) -> list[Value]:
+    """Every rank's value, by rank; every rank gets the same list."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

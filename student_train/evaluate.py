@@ -9,9 +9,12 @@ import torch
 from transformers import AutoTokenizer
 
 from storage.files import write_atomically
-from student_train.config import EvaluateJob, HybridLossConfig, StaticWeightConfig
+from student_train.config import EvaluateJob, HybridLossConfig
 from student_train.data import LabelReader, collate, split_by_padded_size
+from student_train.losses.config import ForwardKlConfig
 from student_train.model import Student, load_causal_lm
+from student_train.schedules import StepState
+from student_train.weights.config import StaticWeightConfig
 
 
 def evaluate_student(job: EvaluateJob) -> None:
@@ -25,16 +28,17 @@ def evaluate_student(job: EvaluateJob) -> None:
     reader = LabelReader(job.labels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     language_model = load_causal_lm(job.model, "bfloat16").eval().to(device)
-    loss = HybridLossConfig(soft="forward_kl", weight=StaticWeightConfig(soft_weight=1.0))
+    loss = HybridLossConfig(soft=ForwardKlConfig(), weight=StaticWeightConfig(soft_weight=1.0))
     student = Student(language_model, loss, reader.vocab_size)
     sums = dict.fromkeys(("kl", "cross_entropy", "agreement"), 0.0)
+    nowhere = StepState(step=0, total_steps=1)  # nothing that is measured moves
     everything = range(len(reader.selection.requests))
     with torch.inference_mode():
         for indices in split_by_padded_size(
             everything, reader.num_tokens, job.evaluate.micro_tokens
         ):
-            batch = collate(reader.read(indices), "sampled").to(device)
-            terms = student(batch)
+            batch = collate(reader.read(indices), "sampled", reader.spec).to(device)
+            terms = student(batch, nowhere)
             sums["kl"] += float(terms.soft_M.sum())
             sums["cross_entropy"] += float(terms.hard_M.sum())
             same = terms.student_argmax_M == batch.labels.topk_ids_MK[:, 0]

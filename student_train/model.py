@@ -1,8 +1,9 @@
 """The student as a module: loading, pruning, and the forward pass that ends in a loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from storage.errors import ConfigError
 from storage.files import published_directory
-from student_train.config import HybridLossConfig
+from student_train.config import SupervisionConfig
 from student_train.data import MicroBatch
 from student_train.errors import PreflightError
+from student_train.head import HeadScope, check_head, head_of
 from student_train.losses import LOSSES
 from student_train.losses.base import LossTerms, load
+from student_train.schedules import StepState
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -38,45 +41,52 @@ class Student(nn.Module):
         vocab_size: Effective vocabulary of the labels.
 
     Raises:
-        PreflightError: if the model's head is not a plain linear map or its vocabulary too small.
+        PreflightError: if the model's logits are not those of a :class:`LinearHead`, or its
+            vocabulary is too small.
     """
 
-    def __init__(self, language_model: Any, loss: HybridLossConfig, vocab_size: int) -> None:
+    def __init__(self, language_model: Any, loss: SupervisionConfig, vocab_size: int) -> None:
         super().__init__()
         self.language_model = language_model
         self._loss = loss
         self._vocab_size = vocab_size
-        head = language_model.get_output_embeddings()
-        if getattr(head, "bias", None) is not None:
-            raise PreflightError("the student's lm_head has a bias, which is not supported yet")
-        config = language_model.config
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise PreflightError(
-                    f"the student transforms its logits ({name}={getattr(config, name)}), "
-                    "which is not supported yet"
-                )
-        if head.weight.shape[0] < vocab_size:
+        check_head(language_model)
+        num_tokens = head_of(language_model).weight_VH.shape[0]
+        if num_tokens < vocab_size:
             raise PreflightError(
-                f"the student's vocabulary has {head.weight.shape[0]} rows, the labels use "
+                f"the student's vocabulary has {num_tokens} rows, the labels use "
                 f"{vocab_size}; choose a student with the teacher's tokenizer"
             )
+        self._head_scope = HeadScope(language_model.get_output_embeddings())
 
-    def forward(self, batch: MicroBatch) -> LossTerms:
-        """Loss of a micro-batch, summed over its supervised positions."""
+    def forward(self, batch: MicroBatch, step: StepState) -> LossTerms:
+        """Loss of a micro-batch, summed over its supervised positions.
+
+        Args:
+            batch: The micro-batch.
+            step: Where the training stands; evaluation, whose loss does not move, gives any.
+        """
         hidden_BTH = self.language_model.base_model(
             input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
         ).last_hidden_state
         hidden_MH = hidden_BTH.flatten(0, 1).index_select(0, batch.rows_M)
-        terms = load(LOSSES[self._loss.type])(  # type: ignore[operator]
-            hidden_MH,
-            self.language_model.get_output_embeddings().weight,
-            batch.labels,
-            self._loss,
-            vocab_size=self._vocab_size,
-        )
-        assert isinstance(terms, LossTerms)
-        return terms
+        loss = cast(Callable[..., LossTerms], load(LOSSES[self._loss.type]))
+        found: list[LossTerms] = []
+
+        def total(hidden_MH: Tensor) -> Tensor:
+            terms = loss(
+                hidden_MH,
+                head_of(self.language_model),
+                batch.labels,
+                self._loss,
+                step=step,
+                vocab_size=self._vocab_size,
+            )
+            found.append(terms)
+            return terms.total
+
+        total_in_scope = self._head_scope(hidden_MH, total)
+        return replace(found[0], total=total_in_scope)
 
     def anchor(self) -> Tensor:
         """A zero that depends on every parameter: the loss of a rank without a micro-batch."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from storage.tokenizer import token_map
+from student_train.config import SupervisionConfig, missing_columns
 from student_train.data import LabelReader
 from student_train.errors import PreflightError
 
@@ -37,4 +38,20 @@ def check_student_fits_labels(model: str, tokenizer: str, reader: LabelReader) -
         raise PreflightError(
             f"the longest sample has {longest} tokens, the student's context is {context}; "
             "lower label.sampling.max_tokens or choose a student with a longer context"
+        )
+
+
+def check_labels_serve_loss(loss: SupervisionConfig, reader: LabelReader) -> None:
+    """Refuse labels that lack an optional column which the loss is computed from.
+
+    Raises:
+        PreflightError: naming the columns.
+    """
+    missing = missing_columns(loss, reader.spec.columns)
+    if missing:
+        raise PreflightError(
+            f"the loss (soft {loss.soft.type}, weight {loss.weight.type}) needs the label columns "
+            f"{', '.join(missing)}, which label set {reader.spec.key} lacks; add them to "
+            "label.columns and label again (stored responses are kept, only their labels are made "
+            "anew)"
         )

@@ -1,8 +1,30 @@
-"""Learning rate as a pure function of the step: nothing to checkpoint, nothing to get lost."""
+"""What depends on the step alone: pure functions of it, with nothing to checkpoint or to lose."""
 
 import math
+from dataclasses import dataclass
 
 from student_train.config import OptimizerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StepState:
+    """Where a training stands: what losses and weights may know of time."""
+
+    step: int
+    """Finished optimiser steps."""
+    total_steps: int
+    """Optimiser steps of the whole training."""
+    t: float | None = None
+    """TAID's interpolation parameter; None for other losses."""
+
+    @property
+    def schedule(self) -> dict[str, float]:
+        """The quantities of this step that divergences ask for by name.
+
+        ``progress`` runs from 0 at the first step to 1 at the last.
+        """
+        progress = self.step / max(1, self.total_steps - 1)
+        return {"progress": progress} if self.t is None else {"progress": progress, "t": self.t}
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

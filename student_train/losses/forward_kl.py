@@ -11,7 +11,8 @@ def forward_kl(teacher_MC: Tensor, student_MC: Tensor) -> tuple[Tensor, Tensor]:
         \partial / \partial \log q_c = -p_c
 
     Zero only where the student equals the teacher; a lower bound of the dense KL, exact when
-    K = V or when both tails have the same shape (``docs/losses.md`` section 2). Shapes and units:
+    K = V or when both tails have the same shape (``docs/losses.md`` section 2). Infinite where the
+    student has no mass and the teacher has some. Shapes and units:
     :class:`student_train.losses.base.Divergence`.
 
     Source: Hinton et al. 2015, on categories as in ``docs/losses.md``.

@@ -1,191 +1,269 @@
 """Hidden states x lm_head, divergence and cross-entropy in one chunked pass.
 
 Written on the k+1 categories, every divergence has a gradient of one shape with respect to the
-student's logits: softmax times *one scalar per row* plus corrections at the K stored tokens. With
-g the derivative with respect to the categories' log-probs, s the student's tail mass and G the sum
-of g (``docs/losses.md`` section 3)::
+student's logits: softmax times *one scalar per row* plus corrections at the K stored tokens
+(``docs/losses.md`` section 3). Cross-entropy has the same shape, so soft and hard terms share one
+softmax and no [M, V] tensor lives longer than a chunk. Gradients are made in the forward pass,
+where the logits are at hand.
 
-    dL/dz_j = g_j - q_j G                  for a stored token j
-    dL/dz_j = q_j (g_tail / s - G)         for every other token
-
-Cross-entropy has the same shape, so soft and hard terms share one softmax and no [M, V] tensor
-lives longer than a chunk. Gradients are made in the forward pass, where the logits are at hand.
+What is where: the matrix products and their buffer are in ``head_chunks.py``, the two sweeps over
+a block of logits in ``row_kernel.py``, terms and gradient of a row in ``row_terms.py``, the
+gradient of the embedding in ``head_gradient.py``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import once_differentiable
 
 from student_train.errors import NonFiniteLossError
-from student_train.losses.base import PADDING_ID, Divergence, TeacherRows
-
-CHUNK_ROWS = 1024
-"""Rows per matrix product: below 256 the products are too thin to be fast (measured on CPU)."""
-
-NEG_INF = float("-inf")
+from student_train.losses.base import NEG_INF, PADDING_ID, Divergence, TeacherRows
+from student_train.losses.head_chunks import Block, HeadChunks
+from student_train.losses.head_gradient import BiasGradient, WeightGradient, scaled
+from student_train.losses.linear_head import LinearHead
+from student_train.losses.row_kernel import KernelOptions
+from student_train.losses.row_terms import RowWeights, StudentRows, row_terms
+from student_train.losses.soft_term import SoftTerm, as_soft_term
 
 
 @dataclass(frozen=True, slots=True)
 class FusedTerms:
-    """Result of :func:`fused_linear_loss`; shapes as in ``LossTerms``."""
+    """Result of :func:`fused_linear_loss`; everything but ``total`` is detached."""
 
     total: Tensor
+    """Scalar with gradient: weighted terms in nats, summed over rows."""
     soft_M: Tensor
+    """float[M]: unweighted divergence; 0 without a soft term."""
     hard_M: Tensor
+    """float[M]: unweighted cross-entropy."""
     student_argmax_M: Tensor
+    """int64[M]: the student's likeliest token."""
+    entropy_M: Tensor | None
+    """float[M]: the student's entropy in nats; None unless it has a weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowStatistics:
+    """What the student says about the rows, without gradient."""
+
+    student_MC: Tensor
+    """float[M, C]: its log-probs of the k+1 categories at temperature 1; -inf where unused."""
+    hard_logprob_M: Tensor
+    """float[M]: its log-prob of the hard label."""
+    entropy_M: Tensor
+    """float[M]: its entropy, nats."""
 
 
 def fused_linear_loss(
     hidden_MH: Tensor,
-    weight_VH: Tensor,
+    head: LinearHead,
     rows: TeacherRows,
     *,
-    divergence: Divergence,
+    divergence: Divergence | None,
     soft_weight_M: Tensor,
     hard_weight_M: Tensor,
+    entropy_weight_M: Tensor | None = None,
     vocab_size: int,
 ) -> FusedTerms:
-    r"""Sum over rows of ``soft_weight * divergence + hard_weight * cross_entropy``.
+    r"""Sum over rows of a weighted divergence, cross-entropy and negative entropy.
+
+    .. math:: \sum_m a_m D(p_m, q_m) + b_m (-\log q_m[y_m]) + c_m \sum_j q_{mj} \log q_{mj}
 
     Args:
         hidden_MH: float[M, H], hidden states of the supervised positions.
-        weight_VH: float[V, H], output embedding. Rows at ``vocab_size`` and beyond are padding
-            and get no probability.
-        rows: Teacher labels of the same M positions.
-        divergence: Soft term on the k+1 categories.
-        soft_weight_M: float32[M], detached.
-        hard_weight_M: float32[M], detached.
+        head: Output embedding and what follows it. Rows of the weight at ``vocab_size`` and
+            beyond are padding and get neither probability nor gradient.
+        rows: Teacher labels of the same M positions. Of a token that is stored twice the first
+            entry counts.
+        divergence: Soft term on the k+1 categories: a function of two [M, C] tensors, or a
+            ``SoftTerm``, which may have a temperature; the hard term is at temperature 1. None
+            for hard labels alone.
+        soft_weight_M: float[M], a; detached.
+        hard_weight_M: float[M], b; detached.
+        entropy_weight_M: float[M], c; detached. None computes no entropy.
         vocab_size: Effective vocabulary, at most V.
 
     Returns:
-        ``total`` in nats with gradients for ``hidden_MH`` and ``weight_VH``, computed in float32
-        (float64 for float64 inputs), and detached terms of every row.
+        ``total`` with gradients for hidden states, weight and bias, computed in float32 (float64
+        for float64 inputs), and detached terms of every row.
 
     Raises:
         NonFiniteLossError: if a row's loss is NaN or infinite, naming the rows.
     """
-    total, soft_M, hard_M, argmax_M = _FusedLinear.apply(  # type: ignore[no-untyped-call]
-        hidden_MH, weight_VH, rows, divergence, soft_weight_M, hard_weight_M, vocab_size
+    weights = RowWeights(
+        soft_weight_M.unsqueeze(-1),
+        hard_weight_M.unsqueeze(-1),
+        None if entropy_weight_M is None else entropy_weight_M.unsqueeze(-1),
     )
-    bad = ~(torch.isfinite(soft_M) & torch.isfinite(hard_M))
-    if bool(bad.any()):
-        found = bad.nonzero().flatten()[:8].tolist()
-        raise NonFiniteLossError(
-            f"the loss of rows {found} of {len(rows)} is not finite "
-            f"(soft {soft_M[found].tolist()}, hard {hard_M[found].tolist()}); "
-            "lower the learning rate or check the student's weights"
-        )
-    return FusedTerms(total, soft_M, hard_M, argmax_M)
+    options = KernelOptions(vocab_size, head.softcap, entropy=entropy_weight_M is not None)
+    soft = None if divergence is None else as_soft_term(divergence)
+    if soft is not None:
+        options = replace(options, temperature=soft.temperature, sampled=soft.sampled)
+    labels = _Labels(_with_an_entry(rows), soft, weights)
+    total, soft_M, hard_M, argmax_M, entropy_M = _FusedLinear.apply(  # type: ignore[no-untyped-call]
+        *_scaled(hidden_MH, head), labels, options
+    )
+    _check_finite(soft=soft_M, hard=hard_M, entropy=entropy_M)
+    return FusedTerms(total, soft_M, hard_M, argmax_M, entropy_M)
+
+
+@torch.no_grad()
+def row_statistics(
+    hidden_MH: Tensor, head: LinearHead, rows: TeacherRows, *, vocab_size: int
+) -> RowStatistics:
+    """The student's log-probs of the categories and of the hard label, and its entropy.
+
+    Chunked like :func:`fused_linear_loss`, at temperature 1; arguments as there.
+
+    Raises:
+        NonFiniteLossError: if a hard label's log-prob or an entropy is NaN or infinite, naming
+            the rows.
+    """
+    work = HeadChunks(
+        *_scaled(hidden_MH, head), KernelOptions(vocab_size, head.softcap, entropy=True)
+    )
+    num_stored = rows.topk_ids_MK.shape[1]
+    student_MC = work.new_empty(len(rows), num_stored + 1)
+    hard_M, entropy_M = work.new_empty(len(rows)), work.new_empty(len(rows))
+    for chunk in work.chunks(_with_an_entry(rows)):
+        for block in work.blocks(chunk):
+            found = work.kernel.reduce(block.logits_NV, block.rows)
+            student = StudentRows.of(found)
+            student_MC[block.place, :num_stored] = student.student_NC[:, :num_stored]
+            student_MC[block.place, num_stored] = student.student_NC[:, -1]
+            hard_M[block.place] = student.logprobs(found.hard_N1).squeeze(-1)
+            entropy_M[block.place] = -student.negative_entropy(found)[0].squeeze(-1)
+    _check_finite(hard=hard_M, entropy=entropy_M)
+    return RowStatistics(student_MC, hard_M, entropy_M)
+
+
+@dataclass(frozen=True, slots=True)
+class _Labels:
+    """What the student is compared with."""
+
+    rows: TeacherRows
+    soft: SoftTerm | None
+    weights: RowWeights
 
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden_MH: Tensor,
         weight_VH: Tensor,
-        rows: TeacherRows,
-        divergence: Divergence,
-        soft_weight_M: Tensor,
-        hard_weight_M: Tensor,
-        vocab_size: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dtype = torch.float64 if hidden_MH.dtype == torch.float64 else torch.float32
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        live_VH = weight_VH[:vocab_size]
-        grad_hidden = torch.empty_like(hidden_MH) if needs_hidden else None
-        # one chunk's product needs no accumulator: the matrix product itself sums in float32
-        several = len(rows) > CHUNK_ROWS
-        grad_weight = (
-            torch.zeros_like(weight_VH, dtype=dtype if several else weight_VH.dtype)
-            if needs_weight
-            else None
-        )
-        pieces = []
-        for start in range(0, len(rows), CHUNK_ROWS):
-            stop = min(start + CHUNK_ROWS, len(rows))
-            hidden = hidden_MH[start:stop]
-            logits = (hidden @ live_VH.t()).to(dtype)
-            pieces.append(
-                _chunk_terms(
-                    logits,
-                    rows.rows(start, stop),
-                    divergence,
-                    soft_weight_M[start:stop].to(dtype),
-                    hard_weight_M[start:stop].to(dtype),
-                )
-            )
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad_logits = logits.to(hidden.dtype)  # _chunk_terms left the gradient here
-            if grad_hidden is not None:
-                torch.mm(grad_logits, live_VH, out=grad_hidden[start:stop])
+        bias_V: Tensor | None,
+        labels: _Labels,
+        options: KernelOptions,
+    ) -> tuple[Tensor | None, ...]:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        work = HeadChunks(hidden_MH, weight_VH, bias_V, options)
+        grad_hidden_MH = torch.empty_like(hidden_MH) if needs_hidden else None
+        grad_weight = WeightGradient(weight_VH, work) if needs_weight else None
+        grad_bias = BiasGradient(bias_V, work) if bias_V is not None and needs_bias else None
+        sweep = _Sweep(work, labels, with_gradient=needs_hidden or needs_weight or needs_bias)
+        for chunk in work.chunks(labels.rows):
+            sweep(chunk)
+            if grad_hidden_MH is not None:
+                torch.mm(chunk.logits_NV, work.weight_VH, out=grad_hidden_MH[chunk.place])
             if grad_weight is not None:
-                if several:
-                    grad_weight[:vocab_size] += grad_logits.t() @ hidden
-                else:
-                    torch.mm(grad_logits.t(), hidden, out=grad_weight[:vocab_size])
-        soft_M, hard_M, argmax_M = (
-            torch.cat(parts) if parts else hidden_MH.new_zeros(0, dtype=dtype)
-            for parts in (zip(*pieces, strict=True) if pieces else ((), (), ()))
+                grad_weight.add(chunk.logits_NV, hidden_MH[chunk.place])
+            if grad_bias is not None:
+                grad_bias.add(chunk.logits_NV)
+        ctx.save_for_backward(
+            grad_hidden_MH,
+            None if grad_weight is None else grad_weight.sum_VH,
+            None if grad_bias is None else grad_bias.sum_V,
         )
-        weights = (soft_weight_M.to(dtype) * soft_M, hard_weight_M.to(dtype) * hard_M)
-        ctx.save_for_backward(grad_hidden, grad_weight)  # type: ignore[arg-type]
-        ctx.weight_dtype = weight_VH.dtype  # type: ignore[attr-defined]
-        ctx.mark_non_differentiable(soft_M, hard_M, argmax_M)
-        return sum(weights).sum(), soft_M, hard_M, argmax_M  # type: ignore[union-attr]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden_MH, weight_VH, bias_V)]
+        outputs = (sweep.soft_M, sweep.hard_M, sweep.argmax_M, sweep.entropy_M)
+        ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
+        return sweep.total(), *outputs
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)  # type: ignore[attr-defined]
-        return grad_hidden, grad_weight, None, None, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (
+            None if gradient is None else scaled(gradient, grad_total, dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *gradients, None, None
 
 
-def _chunk_terms(
-    logits_MV: Tensor,
-    rows: TeacherRows,
-    divergence: Divergence,
-    soft_weight_M: Tensor,
-    hard_weight_M: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Soft and hard term and argmax of every row; replaces the logits by the gradient."""
-    unused = rows.topk_ids_MK == PADDING_ID
-    # an unused entry points at the row's first token with logit -inf and gradient 0
-    ids_MK = torch.where(unused, rows.topk_ids_MK[:, :1], rows.topk_ids_MK)
-    argmax_M = logits_MV.argmax(dim=-1)
-    stored_MK = logits_MV.gather(-1, ids_MK).masked_fill(unused, NEG_INF)
-    hard_logit_M1 = logits_MV.gather(-1, rows.hard_M.unsqueeze(-1))
+class _Sweep:
+    """Collects the terms of every row; leaves the gradient where the logits were."""
 
-    # The tail by masking, never as one minus the rest: 1 - sum cancels when the tail is small.
-    logits_MV.scatter_(-1, ids_MK, NEG_INF)
-    top_M1 = logits_MV.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(logits_MV.dtype).min)
-    tail_MV = logits_MV.sub_(top_M1).exp_()  # 0 at the stored tokens
-    sum_M1 = tail_MV.sum(dim=-1, keepdim=True)
-    tail_lse_M1 = top_M1 + sum_M1.log()
-    lse_M1 = torch.logaddexp(stored_MK.logsumexp(dim=-1, keepdim=True), tail_lse_M1)
+    def __init__(self, work: HeadChunks, labels: _Labels, *, with_gradient: bool) -> None:
+        num_rows = len(labels.rows)
+        self._work = work
+        self._labels = labels
+        self._with_gradient = with_gradient
+        self.soft_M = work.new_empty(num_rows)
+        self.hard_M = work.new_empty(num_rows)
+        self.argmax_M = torch.empty_like(labels.rows.hard_M)
+        has_entropy = labels.weights.entropy_N1 is not None
+        self.entropy_M = work.new_empty(num_rows) if has_entropy else None
 
-    student_MC = torch.cat([stored_MK, tail_lse_M1], dim=-1) - lse_M1
-    soft_M, grad_MC = divergence(rows.categories(logits_MV.dtype), student_MC)
-    hard_M = (lse_M1 - hard_logit_M1).squeeze(-1)
+    def __call__(self, chunk: Block) -> None:
+        soft, dtype = self._labels.soft, self._work.dtype
+        teacher_NC = None if soft is None else soft.teacher_categories(chunk.rows, dtype)
+        for block in self._work.blocks(chunk):
+            place = block.place
+            inside = slice(place.start - chunk.start, place.stop - chunk.start)
+            terms, gradient = row_terms(
+                self._work.kernel.reduce(block.logits_NV, block.rows),
+                block.rows,
+                None if teacher_NC is None else teacher_NC[inside],
+                soft,
+                self._labels.weights.rows(place, dtype),
+            )
+            self.soft_M[place] = terms.soft_N
+            self.hard_M[place] = terms.hard_N
+            self.argmax_M[place] = terms.argmax_N
+            if self.entropy_M is not None and terms.entropy_N is not None:
+                self.entropy_M[place] = terms.entropy_N
+            if self._with_gradient:
+                self._work.kernel.write_gradient(block.logits_NV, gradient)
 
-    soft_weight, hard_weight = soft_weight_M.unsqueeze(-1), hard_weight_M.unsqueeze(-1)
-    grad_sum_M1 = grad_MC.sum(dim=-1, keepdim=True)
-    student_tail_M1 = student_MC[:, -1:].exp()
-    has_tail = student_tail_M1 > 0
-    per_tail = torch.where(has_tail, grad_MC[:, -1:] / student_tail_M1, 0.0)
-    scale_M1 = soft_weight * (per_tail - grad_sum_M1) + hard_weight
-    # tail_MV holds exp(z - top); exp(top - lse) turns it into the student's probabilities
-    tail_MV.mul_(torch.where(has_tail, scale_M1 * (top_M1 - lse_M1).exp(), 0.0))
-    stored_q_MK = student_MC[:, :-1].exp()
-    grad_stored_MK = (
-        soft_weight * (grad_MC[:, :-1] - stored_q_MK * grad_sum_M1) + hard_weight * stored_q_MK
-    ).masked_fill(unused, 0.0)
-    tail_MV.scatter_add_(-1, ids_MK, grad_stored_MK)
-    tail_MV.scatter_add_(-1, rows.hard_M.unsqueeze(-1), -hard_weight)
-    return soft_M, hard_M, argmax_M
+    def total(self) -> Tensor:
+        """The weighted sum of all terms."""
+        weights = self._labels.weights.rows(slice(None), self._work.dtype)
+        terms_M = weights.soft_N1.squeeze(-1) * self.soft_M
+        terms_M += weights.hard_N1.squeeze(-1) * self.hard_M
+        if weights.entropy_N1 is not None and self.entropy_M is not None:
+            terms_M -= weights.entropy_N1.squeeze(-1) * self.entropy_M
+        return terms_M.sum()
+
+
+def _scaled(hidden_MH: Tensor, head: LinearHead) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias of the same logits with a scale of one."""
+    if head.scale == 1.0:
+        return hidden_MH, head.weight_VH, head.bias_V
+    bias_V = None if head.bias_V is None else head.bias_V * head.scale
+    return hidden_MH * head.scale, head.weight_VH, bias_V
+
+
+def _with_an_entry(rows: TeacherRows) -> TeacherRows:
+    """Rows that store nothing at all get one unused entry, so that no axis is empty."""
+    if rows.topk_ids_MK.shape[1] > 0:
+        return rows
+    return replace(
+        rows,
+        topk_ids_MK=rows.topk_ids_MK.new_full((len(rows), 1), PADDING_ID),
+        topk_logprobs_MK=rows.topk_logprobs_MK.new_full((len(rows), 1), NEG_INF),
+    )
+
+
+def _check_finite(**terms: Tensor | None) -> None:
+    known = {name: term_M for name, term_M in terms.items() if term_M is not None}
+    finite_M = torch.stack([torch.isfinite(term_M) for term_M in known.values()]).all(dim=0)
+    if bool(finite_M.all()):
+        return
+    found = (~finite_M).nonzero().flatten()[:8].tolist()
+    values = ", ".join(f"{name} {term_M[found].tolist()}" for name, term_M in known.items())
+    raise NonFiniteLossError(
+        f"the loss of rows {found} of {len(finite_M)} is not finite ({values}); "
+        "lower the learning rate or check the student's weights"
+    )

@@ -1,12 +1,17 @@
-"""The same soft weight for every token (static hybrid, Bridge-Garden, ICML 2026)."""
+"""The same soft weight for every token."""
 
 import torch
-from torch import Tensor
 
-from student_train.config import StaticWeightConfig
 from student_train.losses.base import TeacherRows
+from student_train.weights.base import TokenWeights, WeightContext
+from student_train.weights.config import StaticWeightConfig
 
 
-def static_weight(rows: TeacherRows, config: StaticWeightConfig) -> Tensor:
-    """Soft weight of every row, float32[M]; the hard weight is one minus it."""
-    return torch.full_like(rows.log_tail_mass_M, config.soft_weight)
+def static_weight(
+    rows: TeacherRows, config: StaticWeightConfig, context: WeightContext
+) -> TokenWeights:
+    """``soft_weight`` for every row.
+
+    Source: Bridge-Garden (ICML 2026), static hybrid.
+    """
+    return TokenWeights.blend(torch.full_like(rows.log_tail_mass_M, config.soft_weight))

@@ -25,6 +25,8 @@ from student_train.config import (
 
 REPOSITORY = Path(__file__).parent.parent.parent
 VOCAB_SIZE = 260
+TAID = {"soft": "taid", "schedule": {"alpha": 0.2}}
+"""A hybrid whose soft term has a state of its own: t."""
 FP32_LOSS = 1e-5
 """Relative: ranks add the same numbers in another order."""
 
@@ -33,7 +35,7 @@ FP32_LOSS = 1e-5
 def labels(tmp_path_factory: pytest.TempPathFactory) -> LabelSource:
     """Labels of 24 made-up samples with 3 to 10 tokens each."""
     store = LabelStore(str(tmp_path_factory.mktemp("store")), create=True)
-    spec = make_spec(k=8, vocab_size=VOCAB_SIZE)
+    spec = make_spec(k=8, vocab_size=VOCAB_SIZE, columns=("entropy", "power_sum_10"))
     samples = [make_sample(n, spec, num_tokens=3 + n % 8) for n in range(24)]
     label_set = store.create(spec, {})
     label_set.append(samples, {})
@@ -47,6 +49,7 @@ def write_job(
 ) -> Path:
     settings: dict[str, object] = {
         "model": str(student),
+        "loss": TAID,
         "optimizer": OptimizerConfig(lr=1e-3),
         "batch": BatchConfig(tokens=60, micro_tokens=40),
         "dtype": "float32",
@@ -100,6 +103,29 @@ def losses(metrics: list[dict[str, float]]) -> list[float]:
     return [line["loss"] for line in metrics]
 
 
+def course_of_t(metrics: list[dict[str, float]]) -> list[float]:
+    return [line["t"] for line in metrics]
+
+
+def kill_after_the_first_checkpoint(job: Path) -> None:
+    """Start a training and kill it as soon as it could be resumed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "student_train", str(job)],
+        env=environment(),
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    pointer = job.parent / "checkpoints" / "latest.json"
+    deadline = time.monotonic() + 120
+    while not pointer.exists():
+        assert process.poll() is None, "the training ended before its first checkpoint was seen"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory,
@@ -115,8 +141,12 @@ def uninterrupted(
 def test_a_student_learns_the_labels_and_its_export_loads_and_answers(uninterrupted: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    curve = losses(read_metrics(uninterrupted))
+    metrics = read_metrics(uninterrupted)
+    curve = [line["hard"] for line in metrics]  # the soft term is measured against a moving target
     assert np.mean(curve[-3:]) < np.mean(curve[:3])
+    course = course_of_t(metrics)
+    assert course[:2] == [0.4, 0.4]  # the first loss is only remembered
+    assert course[1:] == sorted(set(course))
     directory = uninterrupted.parent / "model"
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -145,9 +175,9 @@ def test_two_ranks_give_the_loss_of_one(
         tiny_teacher,
         deepspeed=DeepSpeedConfig(stage=stage),
     )
-    np.testing.assert_allclose(
-        losses(train(job, world_size=2)), losses(read_metrics(uninterrupted)), rtol=FP32_LOSS
-    )
+    found, expected = train(job, world_size=2), read_metrics(uninterrupted)
+    np.testing.assert_allclose(losses(found), losses(expected), rtol=FP32_LOSS)
+    np.testing.assert_allclose(course_of_t(found), course_of_t(expected), rtol=FP32_LOSS)
 
 
 def test_a_killed_training_resumes_bit_identically(
@@ -158,23 +188,11 @@ def test_a_killed_training_resumes_bit_identically(
     uninterrupted: Path,
 ) -> None:
     job = write_job(tmp_path / "out", labels, tiny_student, tiny_teacher)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "student_train", str(job)],
-        env=environment(),
-        cwd=REPOSITORY,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    pointer = job.parent / "checkpoints" / "latest.json"
-    deadline = time.monotonic() + 120
-    while not pointer.exists():
-        assert process.poll() is None, "the training ended before its first checkpoint was seen"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after_the_first_checkpoint(job)
     assert not (job.parent / "model").exists()
-    assert losses(train(job)) == losses(read_metrics(uninterrupted))
+    found, expected = train(job), read_metrics(uninterrupted)
+    assert losses(found) == losses(expected)
+    assert course_of_t(found) == course_of_t(expected)
     assert not (job.parent / "checkpoints").exists()
 
 
@@ -194,3 +212,23 @@ def test_bfloat16_follows_float32(
         deepspeed=DeepSpeedConfig(stage=1),
     )
     np.testing.assert_allclose(losses(train(job)), losses(read_metrics(uninterrupted)), rtol=0.03)
+
+
+def test_weights_by_entropy_a_jsd_and_the_risk_guided_term_learn_together(
+    tmp_path: Path, labels: LabelSource, tiny_student: Path, tiny_teacher: Path
+) -> None:
+    loss = {
+        "soft": "jsd",
+        "weight": {"type": "entropy", "measure": "power_sum"},
+        "hard_term": "risk_guided",
+        "student_entropy": 0.01,
+    }
+    job = write_job(tmp_path / "out", labels, tiny_student, tiny_teacher, loss=loss)
+    metrics = train(job, world_size=2)
+    for name in ("soft", "hard", "risk"):
+        curve = [line[name] for line in metrics]
+        assert np.mean(curve[-3:]) < np.mean(curve[:3])
+    assert all(0 < line["soft_weight"] < 1 for line in metrics)
+    for line in metrics:
+        assert line["soft_weight"] + line["hard_weight"] == pytest.approx(1)
+        assert "t" not in line

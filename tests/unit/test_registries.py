@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.commands import COMMANDS
 from storage.labels import LABEL_KINDS
+from student_train.hard import HARD_TERMS
 from student_train.losses import DIVERGENCES, LOSSES
 from student_train.weights import WEIGHT_POLICIES
 from teacher_server.backends import BACKENDS
@@ -17,13 +18,14 @@ TARGETS = {
     ("student_train.losses", name): target for name, target in {**LOSSES, **DIVERGENCES}.items()
 }
 TARGETS |= {("student_train.weights", n): target for n, target in WEIGHT_POLICIES.items()}
+TARGETS |= {("student_train.hard", n): target for n, target in HARD_TERMS.items()}
 TARGETS |= {("teacher_server.backends", n): target for n, target in BACKENDS.items()}
 TARGETS |= {("pipeline.commands", n): target for n, target in COMMANDS.items()}
 TARGETS |= {
     ("storage.labels", name): f"{kind.__module__}:{kind.__name__}"
     for name, kind in LABEL_KINDS.items()
 }
-DOCUMENTED = sorted({*LOSSES, *DIVERGENCES, *WEIGHT_POLICIES})
+DOCUMENTED = sorted({*LOSSES, *DIVERGENCES, *WEIGHT_POLICIES, *HARD_TERMS})
 
 entries = pytest.mark.parametrize(("package", "name"), TARGETS, ids="/".join)
 
@@ -56,5 +58,6 @@ def test_an_entry_has_a_test_file_of_its_name(package: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_a_loss_has_a_section_in_the_documentation(name: str) -> None:
-    lines = (ROOT / "docs/losses.md").read_text().splitlines()
+    pages = [ROOT / "docs" / page for page in ("losses.md", "weights.md")]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
     assert any(line.startswith("#") and f"`{name}`" in line for line in lines)

@@ -109,7 +109,15 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_name(
         ("teacher.backend={type: vlm}", "teacher.backend: Input tag 'vlm'"),
         ("teacher.model={type: gguf}", "teacher.model: give exactly one of path and package"),
         ("train.model=3", "train.model: Input should be a valid string, found 3"),
-        ("train.loss.soft=jsd", "train.loss.soft: Input should be 'forward_kl' or 'reverse_kl'"),
+        ("train.loss.soft=kl", "train.loss.soft: Input tag 'kl' found using 'type' does not match"),
+        (
+            "train.loss.weight=confidence_of",
+            "train.loss.weight: Input tag 'confidence_of' found using 'type' does not match",
+        ),
+        (
+            "train.loss.weight={type: entropy, measure: power_sum}",
+            "student 'student': its loss needs the label columns power_sum_10",
+        ),
         (
             "label.columns=[entrop]",
             "label.columns.0: Input should be 'entropy', 'power_sum_10' or 'power_sums', found",

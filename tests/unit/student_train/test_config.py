@@ -5,15 +5,23 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from storage.keys import StratifiedSpec
 from student_train.config import (
     EvaluateConfig,
     HybridLossConfig,
     LabelSource,
     OptimizerConfig,
     PrunedModelConfig,
+    SupervisionConfig,
+    TaidScheduleConfig,
     TrainConfig,
     TrainJob,
+    missing_columns,
+    required_columns,
 )
+from student_train.hard.config import RiskGuidedConfig
+from student_train.losses.config import ReverseKlConfig
+from student_train.weights.config import EntropyWeightConfig, StaticWeightConfig
 
 
 @pytest.mark.parametrize(
@@ -26,9 +34,17 @@ from student_train.config import (
         {"batch": {"tokens": 0}},
         {"batch": {"micro_tokens": 0}},
         {"deepspeed": {"stage": 3}},
-        {"loss": {"soft": "jsd"}},
+        {"loss": {"soft": "kl"}},
+        {"loss": {"soft": {"type": "jsd", "beta": 1}}},
         {"loss": {"hard": "greedy"}},
-        {"loss": {"type": "taid"}},
+        {"loss": {"hard_term": "chi2"}},
+        {"loss": {"hard_term": {"type": "risk_guided", "alpha": 0}}},
+        {"loss": {"student_entropy": -0.1}},
+        {"loss": {"type": "minillm"}},
+        {"loss": {"type": "taid", "soft": {"type": "jsd"}}},
+        {"loss": {"weight": "confident"}},
+        {"loss": {"weight": {"type": "sidecar"}}},
+        {"loss": {"weight": {"type": "static", "reverse": True}}},
         {"loss": {"weight": {"soft_weight": 1.5}}},
         {"optimizer": {"lr": 0}},
         {"optimizer": {"warmup_ratio": 1}},
@@ -68,9 +84,91 @@ def test_a_job_is_the_same_after_the_way_to_a_worker() -> None:
         model="m",
         tokenizer="t",
         train=TrainConfig(
-            model=PrunedModelConfig(keep_layers=(2, 0)), loss=HybridLossConfig(soft="reverse_kl")
+            model=PrunedModelConfig(keep_layers=(2, 0)),
+            loss=HybridLossConfig(soft=ReverseKlConfig(), weight=EntropyWeightConfig()),
         ),
         output="o",
         card={"student": "x"},
     )
     assert TrainJob.model_validate_json(job.model_dump_json()) == job
+
+
+# -- the loss -------------------------------------------------------------------------------------
+def loss_of(value: Any) -> SupervisionConfig:
+    return TrainConfig.model_validate({"model": "m", "loss": value}).loss
+
+
+def test_the_default_is_the_static_hybrid_of_forward_kl_and_the_sampled_token() -> None:
+    loss = TrainConfig(model="m").loss
+    assert loss == loss_of({"type": "hybrid"})
+    assert (loss.soft.type, loss.weight, loss.hard) == (
+        "forward_kl",
+        StaticWeightConfig(),
+        "sampled",
+    )
+    assert (loss.hard_term.type, loss.student_entropy) == ("cross_entropy", 0.0)
+
+
+def test_sections_may_be_written_short() -> None:
+    """A name for a type, and no type where it is the default one."""
+    short = {"soft": "reverse_kl", "weight": "entropy", "hard_term": "risk_guided"}
+    long = {name: {"type": value} for name, value in short.items()}
+    assert loss_of(short) == loss_of({"type": "hybrid", **long})
+    assert loss_of("taid") == loss_of({"type": "taid"})
+    assert loss_of({"weight": {"soft_weight": 0.3}}).weight == StaticWeightConfig(soft_weight=0.3)
+
+
+def test_taid_has_its_published_constants_and_no_hard_term() -> None:
+    loss = loss_of("taid")
+    assert loss.weight == StaticWeightConfig(soft_weight=1.0)
+    assert loss.taid_schedule == TaidScheduleConfig()
+
+
+def test_only_taid_has_a_schedule() -> None:
+    assert loss_of({"soft": "jsd"}).taid_schedule is None
+    assert loss_of({"soft": "taid"}).taid_schedule == TaidScheduleConfig()
+    changed = {"soft": "taid", "schedule": {"mode": "linear"}}
+    assert loss_of(changed).taid_schedule == TaidScheduleConfig(mode="linear")
+    with pytest.raises(ValidationError, match=r"schedule moves the t of TAID, .* is jsd"):
+        loss_of({"soft": "jsd", "schedule": {}})
+
+
+@pytest.mark.parametrize("weight", ["wsl", {"type": "confidence", "of": "label"}])
+def test_a_weight_by_the_probability_of_a_random_label_is_refused(weight: Any) -> None:
+    with pytest.raises(ValidationError, match="not stored for random tokens"):
+        loss_of({"hard": "random", "weight": weight})
+    assert loss_of({"hard": "random", "weight": "confidence"}).hard == "random"
+
+
+@pytest.mark.parametrize(
+    ("loss", "columns"),
+    [
+        ({}, set()),
+        ({"weight": "entropy"}, {"entropy"}),
+        ({"weight": {"type": "entropy", "measure": "power_sum"}}, {"power_sum_10"}),
+        ({"soft": {"type": "forward_kl", "tail": "sampled"}}, {"tail_samples"}),
+        (
+            {"soft": {"type": "forward_kl", "temperature": 2.0}, "weight": "entropy"},
+            {"power_sums", "entropy"},
+        ),
+    ],
+    ids=str,
+)
+def test_a_loss_names_the_label_columns_that_it_needs(loss: Any, columns: set[str]) -> None:
+    assert required_columns(loss_of(loss)) == columns
+    assert missing_columns(loss_of(loss), ()) == sorted(columns)
+
+
+def test_columns_that_are_stored_are_not_missing() -> None:
+    loss = loss_of(
+        {"soft": {"type": "forward_kl", "tail": "sampled"}, "weight": {"type": "entropy"}}
+    )
+    assert missing_columns(loss, ("entropy", StratifiedSpec(draws=4))) == []
+    assert missing_columns(loss, ("power_sums", StratifiedSpec(draws=4))) == ["entropy"]
+    assert missing_columns(loss, ("entropy",)) == ["tail_samples"]
+
+
+def test_what_a_loss_reports_is_known_before_it_runs() -> None:
+    assert loss_of({}).metrics == ("hard_weight",)
+    loss = HybridLossConfig(hard_term=RiskGuidedConfig(), student_entropy=0.1)
+    assert loss.metrics == ("hard_weight", "risk", "student_entropy")

@@ -1,11 +1,9 @@
 """Cached samples become steps and micro-batches: each once, aligned, the same for every world."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +12,6 @@ from storage.keys import sample_key
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest, Selection
 from storage.store import LabelStore
-from storage.tail import LOG_ZERO
 from storage.testing import make_spec
 from student_train.config import BatchConfig, LabelSource
 from student_train.data import (
@@ -23,9 +20,9 @@ from student_train.data import (
     collate,
     plan_epoch,
     split_by_padded_size,
-    teacher_rows,
 )
 
+SPEC = make_spec(vocab_size=100)
 LENGTHS = np.array([30, 10, 20, 25, 5, 40, 15, 10])
 BATCH = BatchConfig(tokens=50, micro_tokens=40)
 
@@ -150,7 +147,7 @@ def test_a_row_is_the_hidden_state_that_predicts_its_token() -> None:
     Prompt 1 2 3, response 4 5: the state at token 3 (index 2) predicts 4, that at 4 predicts 5.
     Prompt 6, response 7 8 9 0 starts at 4 = the padded width; its state at token 6 predicts 7.
     """
-    batch = collate([by_hand([1, 2, 3], [4, 5]), by_hand([6], [7, 8, 9, 0])], "sampled")
+    batch = collate([by_hand([1, 2, 3], [4, 5]), by_hand([6], [7, 8, 9, 0])], "sampled", SPEC)
     assert batch.input_ids_BT.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
     assert batch.rows_M.tolist() == [2, 3, 4, 5, 6, 7]
     assert batch.labels.hard_M.tolist() == [4, 5, 7, 8, 9, 0]
@@ -161,14 +158,14 @@ def test_a_row_is_the_hidden_state_that_predicts_its_token() -> None:
 
 
 def test_shorter_samples_are_padded_on_the_right_and_masked() -> None:
-    batch = collate([by_hand([1, 2, 3], [4, 5]), by_hand([6], [7, 8])], "sampled")
+    batch = collate([by_hand([1, 2, 3], [4, 5]), by_hand([6], [7, 8])], "sampled", SPEC)
     assert batch.input_ids_BT.tolist() == [[1, 2, 3, 4], [6, 7, 0, 0]]
     assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.rows_M.tolist() == [2, 3, 4, 5]
 
 
 def test_only_labelled_positions_get_rows() -> None:
-    batch = collate([by_hand([1, 2], [3, 4, 5, 6], positions=[1, 3])], "sampled")
+    batch = collate([by_hand([1, 2], [3, 4, 5, 6], positions=[1, 3])], "sampled", SPEC)
     # response position 1 is text position 3, predicted at 2; position 3 is predicted at 4
     assert batch.rows_M.tolist() == [2, 4]
     assert batch.labels.hard_M.tolist() == [4, 6]
@@ -176,7 +173,7 @@ def test_only_labelled_positions_get_rows() -> None:
 
 
 def test_a_response_of_one_token_to_a_prompt_of_one_token_has_one_row() -> None:
-    batch = collate([by_hand([1], [2])], "sampled")
+    batch = collate([by_hand([1], [2])], "sampled", SPEC)
     assert batch.input_ids_BT.tolist() == [[1]]
     assert batch.rows_M.tolist() == [0]
 
@@ -193,7 +190,7 @@ def test_a_response_of_one_token_to_a_prompt_of_one_token_has_one_row() -> None:
 def test_every_row_of_a_batch_predicts_its_hard_label(
     texts: list[tuple[list[int], list[int]]],
 ) -> None:
-    batch = collate([by_hand(*text) for text in texts], "sampled")
+    batch = collate([by_hand(*text) for text in texts], "sampled", SPEC)
     width = batch.input_ids_BT.shape[1]
     assert width == max(len(prompt) + len(response) - 1 for prompt, response in texts)
     predicted = []
@@ -203,30 +200,6 @@ def test_every_row_of_a_batch_predicts_its_hard_label(
         predicted.append((prompt + response)[row % width + 1])
     assert predicted == batch.labels.hard_M.tolist()
     assert len(predicted) == sum(len(response) for _, response in texts)
-
-
-def test_the_hard_label_is_the_stored_token_or_the_teachers_likeliest(
-    samples: list[LabelledSample],
-) -> None:
-    tokens = np.concatenate([sample.response_ids_R for sample in samples])
-    likeliest = np.concatenate([sample.topk_ids_NK[:, 0] for sample in samples])
-    assert teacher_rows(samples, "sampled").hard_M.tolist() == tokens.tolist()
-    assert teacher_rows(samples, "dataset").hard_M.tolist() == tokens.tolist()
-    assert teacher_rows(samples, "argmax").hard_M.tolist() == likeliest.tolist()
-    assert (tokens != likeliest).any()
-
-
-def test_labels_keep_their_dtypes(samples: list[LabelledSample]) -> None:
-    rows = teacher_rows(samples, "sampled")
-    assert rows.hard_M.dtype == rows.topk_ids_MK.dtype == torch.int64
-    assert rows.topk_logprobs_MK.dtype == rows.log_tail_mass_M.dtype == torch.float32
-
-
-def test_the_stored_form_of_no_tail_is_no_mass() -> None:
-    """e**-100 is a float32 above 0: a student without a tail would be infinitely wrong."""
-    sample = by_hand([1], [2, 3])
-    sample = replace(sample, log_tail_mass_N=np.array([LOG_ZERO, -99.0], np.float32))
-    assert teacher_rows([sample], "sampled").log_tail_mass_M.tolist() == [-math.inf, -99.0]
 
 
 # -- reading from the cache -----------------------------------------------------------------------

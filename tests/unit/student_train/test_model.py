@@ -9,15 +9,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from storage.errors import ConfigError
 from storage.samples import LabelledSample
-from student_train.config import HybridLossConfig, StaticWeightConfig
+from storage.testing import make_spec
+from student_train.config import HybridLossConfig
 from student_train.data import collate
 from student_train.errors import PreflightError
 from student_train.losses.reference import reference_loss
 from student_train.model import Student, load_causal_lm, prune_layers
+from student_train.schedules import StepState
+from student_train.weights.config import StaticWeightConfig
 
 VOCAB_SIZE = 40
 MakeModel = Callable[..., LlamaForCausalLM]
 SaveStudent = Callable[..., Path]
+SPEC = make_spec(vocab_size=VOCAB_SIZE)
+NOW = StepState(step=0, total_steps=1)
 LOSS = HybridLossConfig(weight=StaticWeightConfig(soft_weight=0.25))
 
 
@@ -27,8 +32,8 @@ def test_the_loss_is_the_reference_on_the_models_own_logits(
     tiny_model: MakeModel, samples: list[LabelledSample], tied: bool
 ) -> None:
     model = tiny_model(tie_word_embeddings=tied)
-    batch = collate(samples, "sampled")
-    terms = Student(model, LOSS, VOCAB_SIZE)(batch)
+    batch = collate(samples, "sampled", SPEC)
+    terms = Student(model, LOSS, VOCAB_SIZE)(batch, NOW)
     found = torch.autograd.grad(terms.total, list(model.parameters()))
     logits_MV = model(
         input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT
@@ -50,8 +55,8 @@ def test_padding_a_sample_changes_none_of_its_terms(
     tiny_model: MakeModel, samples: list[LabelledSample]
 ) -> None:
     student = Student(tiny_model(), LOSS, VOCAB_SIZE)
-    together = student(collate(samples, "sampled"))
-    alone = [student(collate([sample], "sampled")) for sample in samples]
+    together = student(collate(samples, "sampled", SPEC), NOW)
+    alone = [student(collate([sample], "sampled", SPEC), NOW) for sample in samples]
     soft_M = torch.cat([terms.soft_M for terms in alone])
     torch.testing.assert_close(together.soft_M, soft_M, rtol=1e-4, atol=1e-5)
     total = torch.stack([terms.total for terms in alone]).sum()
@@ -74,19 +79,34 @@ def test_a_vocabulary_smaller_than_that_of_the_labels_is_refused(tiny_model: Mak
         Student(tiny_model(vocab_size=39), LOSS, VOCAB_SIZE)
 
 
-def test_a_head_with_a_bias_is_refused(tiny_model: MakeModel) -> None:
+class Doubled(LlamaForCausalLM):
+    """Its logits are not those of its output embedding, and no config says so."""
+
+    def forward(self, *args: object, **options: object) -> object:
+        output = super().forward(*args, **options)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_logits_that_are_not_those_of_the_output_embedding_are_refused(
+    tiny_model: MakeModel,
+) -> None:
+    """The loss would be computed on other logits than the model has at inference."""
     model = tiny_model()
-    model.lm_head = torch.nn.Linear(16, 48, bias=True)
-    with pytest.raises(PreflightError, match="lm_head has a bias"):
-        Student(model, LOSS, VOCAB_SIZE)
+    other = Doubled(model.config)
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(PreflightError, match="transforms its logits in a way that is not"):
+        Student(other, LOSS, VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
-def test_a_model_that_transforms_its_logits_is_refused(tiny_model: MakeModel, name: str) -> None:
-    """The loss would be computed on other logits than the model has at inference."""
+def test_a_setting_that_the_model_does_not_follow_is_refused(
+    tiny_model: MakeModel, name: str
+) -> None:
+    """A Llama whose config asks for a transform has the plain logits all the same."""
     model = tiny_model()
-    setattr(model.config, name, 30.0)
-    with pytest.raises(PreflightError, match=rf"{name}=30\.0"):
+    setattr(model.config, name, 0.5)
+    with pytest.raises(PreflightError, match="transforms its logits in a way that is not"):
         Student(model, LOSS, VOCAB_SIZE)
 
 

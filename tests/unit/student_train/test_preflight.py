@@ -10,10 +10,10 @@ from storage.errors import ConfigError
 from storage.keys import MassSpec
 from storage.store import LabelStore
 from storage.testing import make_spec
-from student_train.config import LabelSource
+from student_train.config import HybridLossConfig, LabelSource
 from student_train.data import LabelReader
 from student_train.errors import PreflightError
-from student_train.preflight import check_student_fits_labels
+from student_train.preflight import check_labels_serve_loss, check_student_fits_labels
 
 SaveStudent = Callable[..., Path]
 
@@ -95,3 +95,14 @@ def test_labels_with_a_varying_number_of_tokens_are_refused(
     student = save_student(tmp_path / "student")
     with pytest.raises(PreflightError, match=r"kind 'mass'.* use a label set of kind topk"):
         check(student, student, labels.model_copy(update={"label_set": spec.key}))
+
+
+def test_a_loss_whose_columns_are_not_stored_is_refused_naming_them(labels: LabelSource) -> None:
+    loss = HybridLossConfig.model_validate({"weight": {"type": "entropy", "measure": "power_sum"}})
+    with pytest.raises(PreflightError, match=r"needs the label columns power_sum_10.*label again"):
+        check_labels_serve_loss(loss, LabelReader(labels))
+
+
+def test_a_loss_whose_columns_are_stored_is_served(labels: LabelSource) -> None:
+    loss = HybridLossConfig.model_validate({"weight": "entropy"})
+    check_labels_serve_loss(loss, LabelReader(labels))

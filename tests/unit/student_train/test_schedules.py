@@ -1,4 +1,4 @@
-"""The learning rate: a pure function of the step."""
+"""What depends on the step alone: the learning rate, and the quantities that losses ask for."""
 
 from itertools import pairwise
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from student_train.config import OptimizerConfig
-from student_train.schedules import learning_rate
+from student_train.schedules import StepState, learning_rate
 
 SHAPES = ["cosine", "linear", "constant"]
 
@@ -60,3 +60,16 @@ def test_the_rate_stays_between_zero_and_the_peak_and_has_one_top(
     rising, falling = found[: top + 1], found[top:]
     assert rising == sorted(rising)
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(falling))
+
+
+def test_progress_runs_from_zero_at_the_first_step_to_one_at_the_last() -> None:
+    found = [StepState(step, 5).schedule for step in range(5)]
+    assert found == [{"progress": progress} for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
+
+
+def test_a_training_of_one_step_has_made_no_progress() -> None:
+    assert StepState(0, 1).schedule == {"progress": 0.0}
+
+
+def test_t_is_there_where_something_moves_it() -> None:
+    assert StepState(0, 1, t=0.4).schedule == {"progress": 0.0, "t": 0.4}
