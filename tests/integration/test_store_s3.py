@@ -168,10 +168,10 @@ def test_two_writing_processes_at_once_store_every_sample_once(bucket: str) -> N
 
 def test_a_history_is_merged_and_read_in_few_records(bucket: str) -> None:
     labels = new_set(bucket)
-    samples = [faults.sample(number) for number in range(33)]
+    samples = [faults.sample(number) for number in range(17)]
     for sample in samples:
         labels.append([sample], {})
-    assert [(r.first, r.last) for r in reopened(bucket).log.walk(1)] == [(1, 32), (33, 33)]
+    assert [(r.first, r.last) for r in reopened(bucket).log.walk(1)] == [(1, 16), (17, 17)]
     assert_serves(bucket, samples)
 
 
