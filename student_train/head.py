@@ -23,7 +23,8 @@ def head_of(language_model: Any) -> LinearHead:
     injects them) are merged into one weight through which gradients reach them.
 
     Raises:
-        PreflightError: if the model has no linear output embedding.
+        PreflightError: if the model has no linear output embedding, or an adapter of it is more
+            than a low-rank product.
     """
     output = language_model.get_output_embeddings()
     base = getattr(output, "base_layer", output)
@@ -49,13 +50,31 @@ def _factor(config: Any, name: str) -> float:
 
 def _merged(weight_VH: Tensor, output: Any) -> Tensor:
     """The weight plus its active low-rank adapters."""
-    if output is getattr(output, "base_layer", output) or output.disable_adapters or output.merged:
+    if not hasattr(output, "base_layer") or output.disable_adapters or output.merged:
         return weight_VH
     for name in output.active_adapters:
         if name in output.lora_A:
+            _check_adapter(output, name)
             update_VH = output.lora_B[name].weight @ output.lora_A[name].weight
             weight_VH = weight_VH + (output.scaling[name] * update_VH).to(weight_VH.dtype)
     return weight_VH
+
+
+def _check_adapter(output: Any, name: str) -> None:
+    """What an adapter does besides a low-rank product may show only after the first step."""
+    dropouts = getattr(output, "lora_dropout", {})
+    dropout = dropouts[name] if name in dropouts else None  # noqa: SIM401 - ModuleDict has no get
+    extras = {
+        "a variant such as DoRA": name in getattr(output, "lora_variant", {}),
+        "a bias": getattr(output.lora_B[name], "bias", None) is not None,
+        "dropout": getattr(dropout, "p", 0.0) > 0.0,
+    }
+    found = [extra for extra, there in extras.items() if there]
+    if found:
+        raise PreflightError(
+            f"adapter {name!r} of the output embedding has {' and '.join(found)}; there it can "
+            "only be a plain low-rank product, so leave that off or adapt other layers"
+        )
 
 
 @torch.no_grad()
@@ -84,7 +103,7 @@ def check_head(language_model: Any) -> None:
             f"{type(language_model).__name__} transforms its logits in a way that is not "
             f"supported: they differ from its output embedding's by {difference:.1e} of the "
             "largest; supported are a bias, final_logit_softcapping, logit_scale, "
-            "logits_scaling, lm_head_multiplier and low-rank adapters without dropout"
+            "logits_scaling, lm_head_multiplier and low-rank adapters"
         )
 
 
