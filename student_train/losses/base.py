@@ -136,9 +136,12 @@ class Divergence(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LossTerms:
-    """What a loss returns: a sum with gradient, and detached terms to look at."""
+    """What a loss returns: a sum with gradient, and detached terms to look at.
+
+    Without slots: ZeRO stage 3 looks for tensors in the ``vars`` of what a module returns.
+    """
 
     total: Tensor
     """Scalar with gradient: nats, *summed* over rows. The trainer divides by the global count."""
