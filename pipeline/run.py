@@ -93,14 +93,15 @@ def train_project(
     if not configs:
         raise ConfigError("the config has no section train; add one to train students")
     wanted = plan.selections["train"].sample_keys
-    num_missing = int((~project.store.view(plan.spec).contains(wanted)).sum())
+    view = project.store.view(plan.spec)
+    num_missing = int((~view.contains(wanted)).sum())
     if num_missing:
         raise NotLabelledError(
             f"{num_missing} of {len(wanted)} training samples have no labels yet; "
             "run `distill label` first"
         )
     requested_label_set(project, plan, teacher)
-    for label_set in serving_sets(project.store.view(plan.spec), plan):
+    for label_set in serving_sets(view, plan):
         require_fit(label_set)
     requests = [
         StudentRequest(name, train, prepare_student(project, train.model, teacher))

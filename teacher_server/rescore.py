@@ -46,11 +46,8 @@ class TransformersRescorer(TransformersBackend):
     @torch.inference_mode()
     def score(self, sample: LabelledSample, heads: Sequence[Ids] = ()) -> DenseRows:
         """See the protocol."""
-        tokens = np.concatenate([sample.prompt_ids_P, sample.response_ids_R])[:-1]
-        # the row that predicts response token r is that of the token before it
-        rows_N = torch.as_tensor(len(sample.prompt_ids_P) - 1 + sample.positions_N)
-        logits_NV, _ = self._forward(torch.as_tensor(tokens, dtype=torch.long), rows_N)
-        chunks = [slice(n, n + CHUNK_ROWS) for n in range(0, len(rows_N), CHUNK_ROWS)]
+        logits_NV = self.logits(sample.prompt_ids_P, sample.response_ids_R, sample.positions_N)
+        chunks = [slice(n, n + CHUNK_ROWS) for n in range(0, len(logits_NV), CHUNK_ROWS)]
         return joined([self._dense(logits_NV[rows], sample, heads, rows) for rows in chunks])
 
     def _dense(

@@ -6,7 +6,7 @@ a new engine takes the place of the dead one. A sample that kills engines is fou
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.cluster import Cluster, unwrapped
@@ -65,13 +65,7 @@ class TeacherWorker:
             provenance=self._facts,
             should_stop=self._should_stop,
         ):
-            yield LabelProgress(
-                progress.finished_samples,
-                progress.committed_samples,
-                progress.bad_samples,
-                progress.response_tokens,
-                progress.forward_tokens - before,
-            )
+            yield replace(progress, forward_tokens=progress.forward_tokens - before)
 
     def _should_stop(self) -> bool:
         """Whether the driver was asked to stop; it is asked about every POLL_S."""
@@ -137,8 +131,7 @@ class LabelJob:
             model=teacher.model.directory,
             backend=self._backend,
             spec=plan.spec,
-            # scoring a response of full length takes room for one token more
-            max_model_len=min(plan.max_model_len + 1, teacher.context),
+            max_model_len=min(plan.max_model_len, teacher.context),
         )
         self._num_aside = num_aside
         self.num_bad = 0

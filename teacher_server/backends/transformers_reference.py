@@ -81,10 +81,7 @@ class TransformersBackend:
     def _score(self, request: SampleRequest, response_R: npt.NDArray[np.int32]) -> LabelledSample:
         mask_R = request.label_mask_R
         positions_N = np.arange(len(response_R)) if mask_R is None else np.flatnonzero(mask_R)
-        tokens = np.concatenate([request.prompt_ids_P, response_R])[:-1]
-        # the row that predicts response token r is that of the token before it
-        rows_N = torch.as_tensor(len(request.prompt_ids_P) - 1 + positions_N)
-        logits_NV, _ = self._forward(torch.as_tensor(tokens, dtype=torch.long), rows_N)
+        logits_NV = self.logits(request.prompt_ids_P, response_R, positions_N)
         parts = [
             self._label(
                 request,
@@ -103,6 +100,28 @@ class TransformersBackend:
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
+
+    def logits(
+        self,
+        prompt_ids_P: npt.NDArray[np.int32],
+        response_ids_R: npt.NDArray[np.int32],
+        positions_N: npt.NDArray[np.integer],
+    ) -> Tensor:
+        """What the model says where it predicts some tokens of a response.
+
+        Args:
+            prompt_ids_P: int32[P].
+            response_ids_R: int32[R].
+            positions_N: int[N], places in the response.
+
+        Returns:
+            Logits [N, V] in the dtype of the head, over all rows of the output layer.
+        """
+        tokens = np.concatenate([prompt_ids_P, response_ids_R])[:-1]
+        # the row that predicts response token r is that of the token before it
+        rows_N = torch.as_tensor(len(prompt_ids_P) - 1 + positions_N)
+        found, _ = self._forward(torch.as_tensor(tokens, dtype=torch.long), rows_N)
+        return found
 
     # -- answers ----------------------------------------------------------------------------------
     def _generate(self, request: SampleRequest, sampling: SamplingSpec) -> LabelledSample:

@@ -151,7 +151,7 @@ class VllmBackend:
             CaptureError: if the rows of a sample are not those of its tokens.
         """
         assert isinstance(self._job.backend, VllmBackendConfig)
-        room = 2 * self._job.backend.max_num_seqs
+        room = self._job.backend.in_flight
         engine = self._llm.llm_engine
         pending: dict[str, SampleRequest] = {}
         source = iter(requests)

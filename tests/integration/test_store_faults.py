@@ -55,7 +55,7 @@ def test_a_writer_killed_at_any_system_call_of_a_publish_leaves_all_or_nothing(
 def test_a_writer_killed_at_any_step_of_a_merging_commit_leaves_all_or_nothing(
     tmp_path: Path,
 ) -> None:
-    """Of the 32nd commit: it writes the first merged record too."""
+    """Of the 32nd commit: it writes a merged record too."""
     origin, copy = tmp_path / "origin", tmp_path / "copy"
     new_store(origin, [[number] for number in range(31)])
 

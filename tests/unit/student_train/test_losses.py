@@ -18,6 +18,7 @@ from student_train.losses.base import NEG_INF, Divergence
 from student_train.losses.config import DivergenceConfig, soft_config
 from student_train.losses.reference import FORMULAS, dense_divergence
 from student_train.losses.soft_term import make_divergence
+from tests.unit.student_train.written_gradient import Written
 
 V = 23
 
@@ -93,20 +94,6 @@ def merged(logprobs_MV: Tensor, k: int) -> Tensor:
     """The first k tokens and the rest as one category."""
     rest_M1 = logprobs_MV[:, k:].logsumexp(dim=-1, keepdim=True)
     return torch.cat([logprobs_MV[:, :k], rest_M1], dim=-1)
-
-
-class Written(torch.autograd.Function):
-    """Puts a divergence's written gradient in the place of autograd's."""
-
-    @staticmethod
-    def forward(ctx: Any, teacher: Tensor, student: Tensor, divergence: Divergence) -> Tensor:
-        value, gradient = divergence(teacher, student)
-        ctx.save_for_backward(gradient)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
-        return None, ctx.saved_tensors[0] * grad.unsqueeze(-1), None
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = EXACT) -> None:

@@ -1,7 +1,6 @@
 """Tail treatments: what they compare, and what they say to the student's tail."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from student_train.losses.config import soft_config
 from student_train.losses.reference import reference_soft
 from student_train.losses.soft_term import as_soft_term, make_divergence
 from student_train.losses.tvd import tvd
+from tests.unit.student_train.written_gradient import Written
 
 EXACT = 1e-10
 """Sums of some dozens of float64 terms."""
@@ -39,20 +39,6 @@ def make_rows(num_rows: int = 4, k: int = 5, seed: int = 0) -> TeacherRows:
 def make_logits(num_rows: int = 4, seed: int = 1) -> Tensor:
     random = torch.Generator().manual_seed(seed)
     return torch.randn(num_rows, V, generator=random, dtype=torch.float64).requires_grad_()
-
-
-class Written(torch.autograd.Function):
-    """Value and written gradient of a soft term, as a kernel would use them."""
-
-    @staticmethod
-    def forward(ctx: Any, teacher: Tensor, student: Tensor, term: Any) -> Tensor:
-        value, gradient = term(teacher, student)
-        ctx.save_for_backward(gradient)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
-        return None, ctx.saved_tensors[0] * grad.unsqueeze(-1), None
 
 
 def categories(logits: Tensor, rows: TeacherRows, temperature: float = 1.0) -> Tensor:
