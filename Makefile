@@ -150,7 +150,7 @@ format: setup ## Format the code and mend what the linter can
 # version, so that one lock fits every index of CPU builds.
 COMPILE = uv pip compile pyproject.toml --quiet --python-version 3.11 \
 	--python-platform x86_64-manylinux_2_28 --no-header --no-annotate \
-	--extra student --extra ray --extra demo --extra dev $(LOCK_ARGS)
+	--extra student --extra triton --extra ray --extra demo --extra dev $(LOCK_ARGS)
 
 lock: ## Write constraints.txt and constraints-gpu.txt from pyproject.toml (needs uv)
 	@if ! command -v uv >/dev/null; then
@@ -162,7 +162,7 @@ lock: ## Write constraints.txt and constraints-gpu.txt from pyproject.toml (need
 	demo_only="llm llama-cpp-python"
 	grep -hv '^torch==' constraints.txt >"$$work/cpu" || true
 	cp constraints-gpu.txt "$$work/gpu" || true
-	printf '%s\n' torchvision torchaudio torchcodec triton $$demo_only >"$$work/cpu-excludes"
+	printf '%s\n' torchvision torchaudio torchcodec $$demo_only >"$$work/cpu-excludes"
 	printf '%s\n' $$demo_only >"$$work/gpu-excludes"
 	( $(UV_LINKS)
 	  $(COMPILE) --extra teacher-cpu --excludes "$$work/cpu-excludes" -o "$$work/cpu" \
