@@ -12,6 +12,7 @@ PYTHON ?= $(shell for p in $$(type -ap python3.11) python3; do \
 	if "$$p" -c "import sys" >/dev/null 2>&1; then echo "$$p"; break; fi; done)
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+UNIT_WORKERS ?= 2
 LOCK_ARGS ?=
 
 VENV := .venv
@@ -36,6 +37,7 @@ help: ## List the targets
 	    '                  default index has CUDA builds only' \
 	    '  PYTHON          the Python 3.11 to use; default: the first one on PATH that runs' \
 	    '  PYTEST_ARGS     more words for pytest (test, test-*, soak), such as "-x -k resume"' \
+	    '  UNIT_WORKERS    processes of the unit tier; the other tiers use all cores in one process' \
 	    '  LOCK_ARGS       more words for uv (lock), such as --upgrade' \
 	    '  PIP_FIND_LINKS  as for pip: directories of wheels, also handed to uv'
 
@@ -129,10 +131,14 @@ test: test-unit test-integration test-e2e ## Run the three tiers, one after anot
 # pytest fails (exit 5) when a tier has no test.
 test-unit test-integration test-e2e: test-%: setup
 	@echo "== pytest tests/$* =="
-	$(PY) -m pytest tests/$* -m $* $(PYTEST_ARGS)
+	$(PY) -m pytest tests/$* -m $* $(if $(filter unit,$*),-n $(UNIT_WORKERS)) $(PYTEST_ARGS)
 
 soak: setup ## Run the long tests under load and faults
 	@$(PY) -m pytest tests/soak -m soak $(PYTEST_ARGS)
+
+test-browser: setup ## Run the tests of HTML pages in an installed Chromium; installs the extra browser
+	@$(PY) -m pip install --quiet --no-build-isolation -e '.[browser]'
+	$(PY) -m pytest tests/browser -m browser $(PYTEST_ARGS)
 
 check: setup ## Lint, formatting, types, import contracts
 	@$(PY) -m ruff check .

@@ -34,9 +34,15 @@ CONFIG = VllmBackendConfig(max_num_seqs=64, kv_cache_gib=2.0)
 SCORED_AT_ONCE = 8
 """Samples in one forward pass of transformers; they are equally long, so nothing is padded."""
 
+MOST_SCORED = 32
+"""Samples that are scored."""
+
 STOCK_METHODS = ("compute_logprobs", "gather_logprobs")
 MEMORY_SAMPLES = 64
 RAY_ROWS = (128, 128, 1024)
+COMPARED_BLOCKS = 3
+"""Parts into which compared steps fall, for the spread of their median."""
+
 """Rows of jobs through Ray Data: a warm-up, and two whose difference leaves the start of the engine
 out."""
 
@@ -47,11 +53,13 @@ class Size:
 
     samples: int
     response_tokens: int
+    compared_steps: int
+    """Steps in which vLLM's sampler and ours take turns on the same logits."""
 
 
 SIZES = {
-    "tiny": {True: Size(128, 32), False: Size(512, 128)},
-    "SmolLM2": {True: Size(32, 16), False: Size(128, 96)},
+    "tiny": {True: Size(128, 32, 120), False: Size(256, 64, 360)},
+    "SmolLM2": {True: Size(64, 16, 24), False: Size(64, 48, 42)},
 }
 """By teacher and ``--quick``."""
 
@@ -164,6 +172,55 @@ class Meter:
         return timed
 
 
+class _Turns:
+    """Runs vLLM's sampler beside ours; what ours says goes on.
+
+    Args:
+        sampler: vLLM's, with our hooks in it.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self._sampler = sampler
+        self.steps: list[tuple[int, float, float]] = []
+        """Rows, seconds of ours and seconds of vLLM's, of every step."""
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Let both work, for every step of the block."""
+        hooks = {name: vars(self._sampler).pop(name) for name in STOCK_METHODS}
+        stock = {name: getattr(self._sampler, name) for name in STOCK_METHODS}
+        spent = [0.0, 0.0]
+        kept: list[Any] = []
+
+        def both(name: str, ours: Sequence[Any], theirs: Sequence[Any]) -> list[Any]:
+            calls = [(0, hooks[name], ours), (1, stock[name], theirs)]
+            found = [None, None]
+            for which, function, arguments in calls[:: 1 - 2 * (len(self.steps) % 2)]:
+                start = time.thread_time()
+                found[which] = function(*arguments)
+                spent[which] += time.thread_time() - start
+            return found
+
+        def compute_logprobs(logits_NV: Any) -> Any:
+            spent[:] = 0.0, 0.0
+            kept[:] = both("compute_logprobs", (logits_NV,), (logits_NV,))
+            return kept[0]
+
+        def gather_logprobs(logprobs_NV: Any, num_logprobs: int, token_ids: Any) -> Any:
+            ours = (logprobs_NV, num_logprobs, token_ids)
+            found = both("gather_logprobs", ours, (kept[1], K, token_ids))
+            self.steps.append((len(logprobs_NV), spent[0], spent[1]))
+            return found[0]
+
+        vars(self._sampler).update(
+            compute_logprobs=compute_logprobs, gather_logprobs=gather_logprobs
+        )
+        try:
+            yield
+        finally:
+            vars(self._sampler).update(hooks)
+
+
 @dataclass
 class Bench:
     """One engine and the requests that all contenders answer."""
@@ -224,30 +281,43 @@ class Bench:
             self.drive(change)
         self.parts.setdefault("plain plumbing", []).append(meter.seconds)
 
-    def public(self, *, defaults: bool) -> None:
-        """Generation with vLLM's own top-k, as Python objects or flat and not decoded."""
+    def defaults(self) -> None:
+        """Generation with vLLM's own top-k and default settings."""
 
         def change(params: Any) -> None:
             params.logprobs = K
-            params.flat_logprobs, params.detokenize = not defaults, defaults
+            params.flat_logprobs, params.detokenize = False, True
 
-        meter = Meter()
-        with self._stock_sampler(), meter.on(self._sampler()):
+        with self._stock_sampler():
             self.drive(change)
-        if not defaults:
-            self.parts.setdefault("stock sampler", []).append(meter.seconds)
 
     def job(self) -> None:
         """The whole job: from prompts to committed shards."""
-        plumbing, sampler = Meter(), Meter()
+        plumbing = Meter()
         with (
             tempfile.TemporaryDirectory(dir=self.folder) as folder,
             plumbing.on([*self._plumbing(), (self.teacher, "_sample")]),
-            sampler.on(self._sampler()),
         ):
             self.count(self.label_into(folder, self.requests))
         self.parts.setdefault("plumbing", []).append(plumbing.seconds)
-        self.parts.setdefault("sampler", []).append(sampler.seconds)
+
+    def samplers(self, num_steps: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Our sampler and vLLM's on the same logits, in turns within every step.
+
+        Log-probs and their gathering; sums over different rounds would drown the difference.
+
+        Returns:
+            Microseconds per row of ours and of vLLM's, float64[num_steps] each.
+        """
+        turns = _Turns(self.runner.sampler)
+        steps: list[tuple[int, float, float]] = []
+        while len(steps) < num_steps:
+            with turns.taken():
+                list(self.teacher.label(self.requests[: CONFIG.max_num_seqs]))
+            # the first steps fill caches; some responses end early, and leave fewer rows
+            steps = [step for step in turns.steps if step[0] > CONFIG.max_num_seqs // 2][2:]
+        rows, ours, stock = np.array(steps[:num_steps]).T
+        return 1e6 * ours / rows, 1e6 * stock / rows
 
     def label_into(
         self,
@@ -270,9 +340,6 @@ class Bench:
             (self.engine.output_processor, "process_outputs"),
             (scheduler, "update_from_output"),
         ]
-
-    def _sampler(self) -> list[tuple[Any, str]]:
-        return [(self.runner.sampler, name) for name in STOCK_METHODS]
 
     @contextlib.contextmanager
     def _stock_sampler(self) -> Iterator[None]:

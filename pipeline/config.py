@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from pipeline.sweep import SweepConfig
 from storage.config import Config
 from storage.errors import ConfigError
 from student_train.config import EvaluateConfig, TrainConfig, missing_columns
@@ -60,6 +61,8 @@ class RunConfig(Config):
     """NAME: overrides of ``train``, such as ``{loss.weight.soft_weight: 0.0}``. Without any, one
     student called ``student`` is trained as ``train`` says. ``--set students.NAME=null`` leaves
     one out."""
+    sweep: SweepConfig | None = None
+    """More students, from lists of values."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """What is measured on the held-out prompts."""
     cluster: ClusterConfig = ClusterConfig()
@@ -103,12 +106,16 @@ class RunConfig(Config):
 
     def student_configs(self) -> dict[str, TrainConfig]:
         """Every student's complete training configuration."""
+        swept = {} if self.sweep is None else self.sweep.students()
         if self.train is None:
-            if self.students:
+            if self.students or swept:
                 raise ValueError("students are given but the section train is missing")
             return {}
+        both = self.students.keys() & swept.keys()
+        if both:
+            raise ValueError(f"student {min(both)!r} is in students and in the sweep; rename it")
         shared = self.train.model_dump(mode="json")
-        overrides = self.students or {"student": {}}
+        overrides = {**self.students, **swept} or {"student": {}}
         return {
             name: validate(TrainConfig, merge(shared, change), f"students.{name}")
             for name, change in overrides.items()

@@ -27,10 +27,17 @@ class Bars:
         console: Where they are shown. Without a terminal, a line is printed for what moved, at
             most every LOG_EVERY_S.
         text: How a count is written.
+        tell: Also told of every change: name, completed, total and note.
     """
 
-    def __init__(self, console: Console, *, text: Callable[[int], str] = str) -> None:
-        self._console, self._text = console, text
+    def __init__(
+        self,
+        console: Console,
+        *,
+        text: Callable[[int], str] = str,
+        tell: Callable[[str, int, int | None, str], None] | None = None,
+    ) -> None:
+        self._console, self._text, self._tell = console, text, tell
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -64,6 +71,8 @@ class Bars:
         self._bars.update(
             self._tasks[name], completed=completed, total=total, count=count, note=note
         )
+        if self._tell is not None:
+            self._tell(name, completed, total, note)
         if not self._console.is_terminal:
             finished = total is not None and completed >= total
             self._log(name, completed, f"{name}: {count} {note}", finished=finished)

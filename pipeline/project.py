@@ -11,6 +11,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from pipeline.config import RunConfig
+from pipeline.progress import Bars
+from pipeline.status import State, StatusBoard, StepStatus
+from pipeline.stopping import StoppedError
 from storage.errors import DistillError
 from storage.files import write_atomically
 from storage.fingerprint import DigestMemo
@@ -34,6 +37,7 @@ class Project:
         self.memo = DigestMemo(self.directory / "digests.json")
         remote = config.store.startswith(REMOTE_SCHEMES)
         self.store_uri = config.store if remote else str(Path(config.store).absolute())
+        self._board: StatusBoard | None = None
 
     @property
     def store(self) -> LabelStore:
@@ -58,9 +62,19 @@ class Project:
             ) from None
         try:
             self.write_json("config.json", self.config.model_dump(mode="json"))
-            self.write_json("provenance.json", provenance())
-            yield
+            facts = provenance()
+            self.write_json("provenance.json", facts)
+            self._board = StatusBoard(
+                self.store.objects,
+                project=self.config.name,
+                directory=self.directory,
+                command=facts["command"],
+                warn=self.say,
+            )
+            with self._board.running():
+                yield
         finally:
+            self._board = None
             lock.release()
 
     # -- the run folder ---------------------------------------------------------------------------
@@ -97,15 +111,29 @@ class Project:
         """Note a step with its wall time; the block may add facts such as token counts."""
         cost: dict[str, Any] = {}
         self.note("started", step=step, **facts)
-        started = time.perf_counter()
+        started_at, started = utc_now(), time.perf_counter()
+
+        def tell(state: State, note: str = "") -> float:
+            seconds = round(time.perf_counter() - started, 2)
+            if self._board is not None:
+                shown = None if state == "running" else seconds
+                status = StepStatus(state=state, started_at=started_at, seconds=shown, note=note)
+                self._board.step(step, status)
+            return seconds
+
+        tell("running")
         try:
             yield cost
         except BaseException as error:
-            self.note("failed", step=step, **facts, error=f"{type(error).__name__}: {error}"[:2000])
+            reason = f"{type(error).__name__}: {error}"[:2000]
+            tell("stopped" if isinstance(error, StoppedError) else "failed", reason)
+            self.note("failed", step=step, **facts, error=reason)
             raise
-        self.note(
-            "finished", step=step, **facts, seconds=round(time.perf_counter() - started, 2), **cost
-        )
+        self.note("finished", step=step, **facts, seconds=tell("finished"), **cost)
+
+    def bars(self) -> Bars:
+        """Progress bars for people here, and for ``distill status`` anywhere."""
+        return Bars(self.console, tell=None if self._board is None else self._board.progress)
 
     def say(self, text: str) -> None:
         """Show one line to the user."""

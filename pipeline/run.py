@@ -7,19 +7,35 @@ from rich.table import Table
 
 from pipeline.cluster import Cluster
 from pipeline.project import Project
-from pipeline.steps.certify import certify_labels, serving_sets
-from pipeline.steps.evaluate import Evaluation, evaluate_students
+from pipeline.steps.certify import certify_labels
+from pipeline.steps.evaluate import (
+    Evaluation,
+    evaluate_students,
+    published_evaluations,
+    remove_evaluations,
+)
 from pipeline.steps.label import (
     Labelled,
     label_missing,
     requested_label_set,
     without_quarantined,
 )
-from pipeline.steps.plan import Plan, make_plan
+from pipeline.steps.plan import Plan, forget_plans, make_plan
 from pipeline.steps.prepare import PreparedTeacher, prepare_student, prepare_teacher
-from pipeline.steps.train import StudentRequest, TrainedStudent, train_students
-from storage.certificate import require_fit
-from storage.errors import ConfigError, NotLabelledError
+from pipeline.steps.train import (
+    StudentRequest,
+    TrainedStudent,
+    remove_students,
+    train_students,
+    unpublished,
+)
+from pipeline.wanted import Step, Steps
+from storage.certificate import require_fit_samples
+from storage.errors import ConfigError, DistillError, NotLabelledError
+
+
+class NotTrainedError(DistillError):
+    """A student is needed that is not published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,14 @@ def label_project(
     return teacher, plan, done
 
 
+def student_requests(project: Project, teacher: PreparedTeacher) -> list[StudentRequest]:
+    """Every student of the project, with the model that it starts from."""
+    return [
+        StudentRequest(name, train, prepare_student(project, train.model, teacher))
+        for name, train in project.config.student_configs().items()
+    ]
+
+
 def train_project(
     project: Project, teacher: PreparedTeacher, plan: Plan, cluster: Cluster
 ) -> list[TrainedStudent]:
@@ -89,8 +113,7 @@ def train_project(
         NotLabelledError: if labels are missing.
         UnfitLabelsError: if the newest certificate of their set refuses them.
     """
-    configs = project.config.student_configs()
-    if not configs:
+    if project.config.train is None:
         raise ConfigError("the config has no section train; add one to train students")
     wanted = plan.selections["train"].sample_keys
     view = project.store.view(plan.spec)
@@ -101,12 +124,8 @@ def train_project(
             "run `distill label` first"
         )
     requested_label_set(project, plan, teacher)
-    for label_set in serving_sets(view, plan):
-        require_fit(label_set)
-    requests = [
-        StudentRequest(name, train, prepare_student(project, train.model, teacher))
-        for name, train in configs.items()
-    ]
+    require_fit_samples(view, [request.key for request in plan.requests()])
+    requests = student_requests(project, teacher)
     students = train_students(project, requests, plan=plan, teacher=teacher, cluster=cluster)
     for student in students:
         state = "already published, skipped" if student.was_published else "trained"
@@ -117,20 +136,58 @@ def train_project(
     return students
 
 
-def run_project(project: Project) -> RunResult:
-    """Every step, skipping what is published."""
-    from pipeline.steps.report import write_report
+def run_project(project: Project, steps: Steps = Steps()) -> RunResult:  # noqa: B008 - frozen
+    """The steps that are wanted, each skipping what is published.
 
+    Raises:
+        NotLabelledError, NotTrainedError: if a step is wanted whose inputs are not there.
+    """
+    from pipeline.steps.report import remove_report, write_report
+
+    labelled = 0
+    students: list[TrainedStudent] = []
+    evaluations: list[Evaluation] = []
+    if Step.PLAN in steps.forced:
+        forget_plans(project)
     with Cluster(project.config.cluster) as cluster:
-        teacher, plan, done = label_project(project, cluster)
+        if Step.LABEL in steps.wanted:
+            teacher, plan, done = label_project(project, cluster)
+            labelled = done.num_labelled
+        else:
+            teacher, plan = plan_project(project)
         plan = without_quarantined(project, plan)
-        students: list[TrainedStudent] = []
-        evaluations: list[Evaluation] = []
-        if project.config.train is not None:
+        if project.config.train is not None and steps.need_students:
+            requests = student_requests(project, teacher)
+            if Step.TRAIN not in steps.wanted:
+                require_published(project, requests, plan)
+            if Step.TRAIN in steps.forced:
+                remove_students(project, requests, plan)
             students = train_project(project, teacher, plan, cluster)
-            evaluations = evaluate_students(project, students, plan, cluster)
-        write_report(project, plan, teacher, students, evaluations)
-    return RunResult(plan, done.num_labelled, students, evaluations)
+            if Step.EVALUATE in steps.forced:
+                remove_evaluations(project, students, plan)
+            if Step.EVALUATE in steps.wanted:
+                evaluations = evaluate_students(project, students, plan, cluster)
+            else:
+                evaluations = published_evaluations(project, students, plan)
+        if Step.REPORT in steps.forced:
+            remove_report(project)
+        if Step.REPORT in steps.wanted:
+            write_report(project, plan, teacher, students, evaluations)
+    return RunResult(plan, labelled, students, evaluations)
+
+
+def require_published(project: Project, requests: Sequence[StudentRequest], plan: Plan) -> None:
+    """The steps behind training need its students.
+
+    Raises:
+        NotTrainedError: naming those that are missing.
+    """
+    missing = [request.name for request in unpublished(project, requests, plan)]
+    if missing:
+        raise NotTrainedError(
+            f"students {', '.join(missing)} are not trained yet; run `distill train` or leave out "
+            "--only and --from"
+        )
 
 
 def quality_table(evaluations: Sequence[Evaluation]) -> Table:

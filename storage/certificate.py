@@ -5,7 +5,8 @@ and never changed; the newest one counts. ``docs/certificate.md`` says what is m
 limits are what they are; ``teacher_server/certify.py`` makes certificates.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -18,6 +19,9 @@ from storage.label_set import LabelSet
 from storage.qa import QaConfig
 from storage.records import Document, parse, to_json
 from storage.schema import FORMAT_VERSION
+from storage.view import LabelView
+
+_NAME = re.compile(r"[0-9]{8}\.json")
 
 
 class UnfitLabelsError(LabelStoreError):
@@ -101,6 +105,48 @@ def require_fit(label_set: LabelSet) -> None:
         )
 
 
+def require_fit_samples(view: LabelView, sample_keys: Sequence[str]) -> None:
+    """Refuse samples if any label set that serves some of them is known to be wrong.
+
+    Whoever trains on labels asks this first; there is no way around it but another certificate.
+
+    Args:
+        view: Label sets that answer a request.
+        sample_keys: What is about to be read; samples that are not stored are left out.
+
+    Raises:
+        UnfitLabelsError: with the reasons, if the newest certificate of a set refuses it.
+        FormatError, ShardCorruptError: if that certificate is damaged.
+    """
+    for label_set in view.serving(sample_keys):
+        require_fit(label_set)
+
+
+def damaged_certificates(label_set: LabelSet) -> Iterator[tuple[str, str]]:
+    """Path and error of every certificate that is damaged or lies in the wrong place."""
+    for path in label_set.objects.paths(_folder(label_set)):
+        try:
+            _read(label_set, path)
+        except (FormatError, ShardCorruptError) as error:
+            yield path, str(error)
+
+
+def give_up_certificate(label_set: LabelSet, path: str) -> None:
+    """Remove a damaged certificate, so that the set is certified again.
+
+    If it is the newest, older ones go too: what counted is unknown, and none of them may count in
+    its place. It goes last, so that whoever is killed in between is asked to repair again.
+
+    Raises:
+        StoreAccessError: if the store cannot be written.
+    """
+    paths = list(label_set.objects.paths(_folder(label_set)))
+    if paths and path == paths[-1]:
+        for older in paths:
+            label_set.objects.delete(older)
+    label_set.objects.delete(path)
+
+
 def publish_certificate(label_set: LabelSet, make: Callable[[int], Certificate]) -> Certificate:
     """Store a certificate under the next number.
 
@@ -129,7 +175,8 @@ def _read(label_set: LabelSet, path: str) -> Certificate:
         raise FormatError(f"{name} vanished while it was read; try again") from error
     if (found.label_set, found.number) != (label_set.key, _number(path)):
         raise FormatError(
-            f"{name} is certificate {found.number} of label set {found.label_set}; it was renamed"
+            f"{name} is certificate {found.number} of label set {found.label_set}; it was renamed: "
+            "run `distill repair`"
         )
     return found
 
@@ -139,4 +186,6 @@ def _folder(label_set: LabelSet) -> str:
 
 
 def _number(path: str) -> int:
-    return int(path.rpartition("/")[2].removesuffix(".json"))
+    """Number of a certificate by its name, 0 for a name that none has."""
+    name = path.rpartition("/")[2]
+    return int(name.removesuffix(".json")) if _NAME.fullmatch(name) else 0

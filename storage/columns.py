@@ -31,15 +31,18 @@ from storage.labels.topk import MAX_VOCAB_SIZE
 
 Columns = Mapping[str, npt.NDArray[Any]]
 
-POWERS: Final = {"10": 0.1, "25": 0.25, "50": 0.5, "75": 0.75}
+POWERS: Final = {"10": 0.1, "25": 0.25, "50": 0.5, "75": 0.75, "200": 2.0, "400": 4.0}
 """Exponents alpha of the power sums by how their columns are named."""
 
 LOG_POWER_SUM: Final = "log_power_sum_"
 POWER_SLOPE: Final = "power_slope_"
+"""Slopes are stored of exponents below 1 only: there temperatures between two are interpolated."""
 
 SCALARS: Final[dict[str, tuple[str, ...]]] = {
     "entropy": ("entropy",),
     "power_sum_10": (LOG_POWER_SUM + "10",),
+    "power_sum_200": (LOG_POWER_SUM + "200",),
+    "power_sum_400": (LOG_POWER_SUM + "400",),
     "power_sums": tuple(
         prefix + power for prefix in (LOG_POWER_SUM, POWER_SLOPE) for power in ("25", "50", "75")
     ),
@@ -51,6 +54,11 @@ TAIL_WEIGHTS: Final = "tail_weights"
 
 POWER_TOLERANCE_NATS: Final = 0.02
 """Power sums may leave their bounds by this much: engines add up a vocabulary in float32."""
+
+
+def exponent(column: str) -> float:
+    """The alpha of an Arrow column that holds a power sum or its slope."""
+    return POWERS[column.rpartition("_")[2]]
 
 
 def scalar_columns(columns: Iterable[ColumnSpec]) -> list[str]:
@@ -203,12 +211,11 @@ def _check_power_sum(optional: Columns, power: str, alpha: float, name: str) -> 
     sums_N: npt.NDArray[np.float64] = optional[sum_column].astype(np.float64)
     # rows of a padded output layer count too, so the bound is that of the largest vocabulary
     largest = math.log(MAX_VOCAB_SIZE)
-    inside_N = (sums_N >= -POWER_TOLERANCE_NATS) & (
-        sums_N <= (1 - alpha) * largest + POWER_TOLERANCE_NATS
+    bound = (1 - alpha) * largest
+    inside_N = (sums_N >= min(0.0, bound) - POWER_TOLERANCE_NATS) & (
+        sums_N <= max(0.0, bound) + POWER_TOLERANCE_NATS
     )
-    require_rows(
-        inside_N, f"{name}: {sum_column} leaves its bounds 0 and {(1 - alpha) * largest:.2f}"
-    )
+    require_rows(inside_N, f"{name}: {sum_column} leaves its bounds 0 and {bound:.2f}")
     if slope_column not in optional:
         return
     slopes_N: npt.NDArray[np.float64] = optional[slope_column].astype(np.float64)

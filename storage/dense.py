@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage.columns import LOG_POWER_SUM, POWERS, TAIL_IDS, TAIL_WEIGHTS, scalar_columns
+from storage.columns import LOG_POWER_SUM, TAIL_IDS, TAIL_WEIGHTS, exponent, scalar_columns
 from storage.keys import LabelSetSpec
 from storage.labels import label_kind
 from storage.labels.base import UNUSED_ID
@@ -54,7 +54,7 @@ def scalar_column(name: str, logprobs_NV: Floats) -> Floats:
     if name == "entropy":
         return entropy(logprobs_NV)
     statistic = log_power_sum if name.startswith(LOG_POWER_SUM) else power_slope
-    return statistic(logprobs_NV, POWERS[name[-2:]])
+    return statistic(logprobs_NV, exponent(name))
 
 
 def label_sample_densely(

@@ -1,7 +1,8 @@
-"""Label sets as tables for other tools: Arrow batches, Arrow tables, Hugging Face datasets."""
+"""Label sets as tables for other tools: Arrow, polars, pandas, DuckDB, Hugging Face datasets."""
 
+import importlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,10 @@ from storage.labels.base import UNUSED_ID
 from storage.schema import SCALAR_FIELDS
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import polars as pl
     from datasets import Dataset
+    from duckdb import DuckDBPyConnection, DuckDBPyRelation
 
     from storage.label_set import LabelSet
     from storage.records import ShardRecord
@@ -32,6 +36,35 @@ def columns_of(label_set: "LabelSet") -> list[str]:
     return [*SAMPLE_COLUMNS, *scalars, *arrow_columns(label_set.spec), *TOPK_COLUMNS]
 
 
+def schema_of(label_set: "LabelSet", columns: Sequence[str] | None = None) -> pa.Schema:
+    """Names and types of what :func:`scan` yields.
+
+    Raises:
+        LabelStoreError: for an unknown column.
+    """
+    stored = [*label_set.table_schema("samples"), *label_set.table_schema("labels")]
+    known = {field.name: field.with_nullable(True) for field in stored}
+    known["topk_ids"] = pa.field("topk_ids", pa.list_(pa.int32()))
+    known["topk_logprobs"] = pa.field("topk_logprobs", pa.list_(pa.float32()))
+    return pa.schema([known[name] for name in _wanted(label_set, columns)])
+
+
+def _wanted(label_set: "LabelSet", columns: Sequence[str] | None) -> list[str]:
+    """The columns that are asked for, in order.
+
+    Raises:
+        LabelStoreError: if one is unknown.
+    """
+    known = columns_of(label_set)
+    wanted = known if columns is None else list(columns)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise LabelStoreError(
+            f"label set {label_set.key} has no column {unknown[0]!r}; it has {', '.join(known)}"
+        )
+    return wanted
+
+
 def scan(label_set: "LabelSet", columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """All label rows of the samples that are served now, shard after shard.
 
@@ -46,13 +79,7 @@ def scan(label_set: "LabelSet", columns: Sequence[str] | None = None) -> Iterato
         ShardCorruptError: if the bytes differ from what was committed, or a shard vanished
             because it was compacted and collected meanwhile.
     """
-    known = columns_of(label_set)
-    wanted = known if columns is None else list(columns)
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise LabelStoreError(
-            f"label set {label_set.key} has no column {unknown[0]!r}; it has {', '.join(known)}"
-        )
+    wanted = _wanted(label_set, columns)
     for shard in label_set.live_shards():
         try:
             yield from _scan_shard(label_set, shard, wanted)
@@ -104,14 +131,68 @@ def _topk(label_set: "LabelSet", columns: dict[str, pa.Array]) -> dict[str, pa.A
 
 def to_arrow(label_set: "LabelSet", columns: Sequence[str] | None = None) -> pa.Table:
     """All label rows as one Arrow table; see :func:`scan` for columns and errors."""
-    batches = list(scan(label_set, columns))
-    if batches:
-        return pa.Table.from_batches(batches)
-    return pa.table({name: [] for name in (columns or columns_of(label_set))})
+    schema = schema_of(label_set, columns)
+    batches = [batch.cast(schema) for batch in scan(label_set, columns)]
+    return pa.Table.from_batches(batches, schema=schema)
+
+
+def to_polars(label_set: "LabelSet", columns: Sequence[str] | None = None) -> "pl.DataFrame":
+    """All label rows as a polars frame (needs the package ``polars``)."""
+    polars = _package("polars", "to_polars")
+    frame: pl.DataFrame = polars.from_arrow(to_arrow(label_set, columns))
+    return frame
+
+
+def to_pandas(label_set: "LabelSet", columns: Sequence[str] | None = None) -> "pd.DataFrame":
+    """All label rows as a pandas frame (needs the package ``pandas``)."""
+    _package("pandas", "to_pandas")
+    frame: pd.DataFrame = to_arrow(label_set, columns).to_pandas()
+    return frame
 
 
 def to_datasets(label_set: "LabelSet", columns: Sequence[str] | None = None) -> "Dataset":
     """All label rows as a Hugging Face dataset (needs the package ``datasets``)."""
-    from datasets import Dataset
+    datasets = _package("datasets", "to_datasets")
+    return datasets.Dataset(to_arrow(label_set, columns))
 
-    return Dataset(to_arrow(label_set, columns))
+
+def to_duckdb(
+    label_set: "LabelSet",
+    columns: Sequence[str] | None = None,
+    *,
+    connection: "DuckDBPyConnection | None" = None,
+) -> "DuckDBPyRelation":
+    """Label rows as a relation of DuckDB, which reads what a query of it needs when it runs.
+
+    Args:
+        label_set: The set.
+        columns: Some of :func:`columns_of`; all by default.
+        connection: Where the relation lives; a new database in memory by default.
+
+    Raises:
+        LabelStoreError: for an unknown column. Errors of reading come as errors of DuckDB.
+    """
+    duckdb = _package("duckdb", "to_duckdb")
+    from storage.sql.export_rows import ExportRows
+
+    lives_in = duckdb.connect() if connection is None else connection
+    schema = schema_of(label_set, columns)
+    rows = lives_in.from_arrow(ExportRows(label_set, schema))
+    relation: DuckDBPyRelation = rows.select(*map(duckdb.ColumnExpression, schema.names))
+    return relation
+
+
+def _package(name: str, method: str) -> Any:
+    """An optional package.
+
+    Raises:
+        LabelStoreError: if it is not installed, saying how to.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise LabelStoreError(
+            f"{method} needs the package {name}, which is not installed: pip install {name}"
+        ) from error

@@ -17,6 +17,9 @@ WEIGHT_SUFFIXES = (".safetensors",)
 REFUSED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 CONFIG_ORIGIN_FIELDS = ("_name_or_path", "_model_name_or_path", "transformers_version")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_ORIGIN_FIELDS = ("base_model_name_or_path", "revision", "peft_version")
 
 
 class DigestMemo:
@@ -48,12 +51,23 @@ class DigestMemo:
 
 
 def fingerprint_model(
-    directory: Path, memo: DigestMemo, *, trust_remote_code: bool = False
+    directory: Path,
+    memo: DigestMemo,
+    *,
+    trust_remote_code: bool = False,
+    adapter: Path | None = None,
 ) -> TeacherFingerprint:
     """Fingerprint a Hugging Face model directory.
 
+    Args:
+        directory: Of the model.
+        memo: Remembers digests.
+        trust_remote_code: Whether code shipped with the model may run.
+        adapter: Directory of the LoRA adapter that the model is used with.
+
     Raises:
-        ConfigError: if the directory does not exist, has no ``config.json`` or no safetensors.
+        ConfigError: if the directory does not exist, has no ``config.json`` or no safetensors, or
+            the adapter is not as peft saves it.
     """
     config_file = directory / "config.json"
     if not config_file.is_file():
@@ -75,8 +89,24 @@ def fingerprint_model(
     return TeacherFingerprint(
         weights=key_of([memo.digest(file) for file in weights]),
         config=key_of(config),
+        adapters=() if adapter is None else (adapter_digest(adapter, memo),),
         trust_remote_code=trust_remote_code,
     )
+
+
+def adapter_digest(directory: Path, memo: DigestMemo) -> str:
+    """Digest of a LoRA adapter: the bytes of its weights, and its configuration without its origin.
+
+    Raises:
+        ConfigError: if one of the two files is missing, or the configuration is no JSON object.
+    """
+    weights = directory / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ConfigError(f"adapter {str(directory)!r} holds no {ADAPTER_WEIGHTS}")
+    config = read_json(directory / ADAPTER_CONFIG)
+    for field in ADAPTER_ORIGIN_FIELDS:
+        config.pop(field, None)
+    return key_of({"weights": memo.digest(weights), "config": key_of(config)})
 
 
 def read_json(file: Path) -> dict[str, Any]:

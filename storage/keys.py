@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -153,7 +153,7 @@ class CountsSpec(Config):
 TailSampleSpec = StratifiedSpec | ThresholdSpec | CountsSpec
 """How tokens are sampled from the teacher's distribution (``storage/tail_samples.py``)."""
 
-ColumnName = Literal["entropy", "power_sum_10", "power_sums"]
+ColumnName = Literal["entropy", "power_sum_10", "power_sum_200", "power_sum_400", "power_sums"]
 """Optional columns that need no options (``storage/columns.py``)."""
 
 
@@ -173,7 +173,7 @@ ColumnSpec = Annotated[
     Discriminator(
         _type_of,
         custom_error_type="unknown_column",
-        custom_error_message="a column is a name (entropy, power_sum_10, power_sums) or a section "
+        custom_error_message=f"a column is a name ({', '.join(get_args(ColumnName))}) or a section "
         "with the type stratified, threshold or counts",
     ),
 ]

@@ -30,9 +30,13 @@ from storage.sample_index import Located, SampleIndex
 from storage.samples import LabelledSample
 from storage.schema import labels_schema, samples_schema
 from storage.shard import ShardReader
+from storage.shard_cache import ShardCache
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import polars as pl
     from datasets import Dataset
+    from duckdb import DuckDBPyConnection, DuckDBPyRelation
 
     from storage.records import CommitRecord
     from storage.sidecar import Sidecar, SidecarSpec
@@ -91,6 +95,10 @@ class LabelSet:
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
         self._decoded: OrderedDict[tuple[str, int], dict[int, LabelledSample]] = OrderedDict()
         self._decoded_bytes = 0
+        self.held_bytes, self.held_shards = HELD_BYTES, HELD_SHARDS
+        """What reading keeps decoded and open; readers of many places at once raise it."""
+        self.cache: ShardCache | None = None
+        """Where copies of remote shards are kept; None to read them in place."""
 
     def _start_over(self) -> None:
         self.log = CommitLog(self.objects, self.prefix, self.key)
@@ -270,7 +278,7 @@ class LabelSet:
                 "after `distill repair`, `distill label` asks for them again"
             ) from error
         self._decoded_bytes += shard.batch_rows[number] * self.spec.kind.width * 8
-        while self._decoded_bytes > HELD_BYTES and len(self._decoded) > 1:
+        while self._decoded_bytes > self.held_bytes and len(self._decoded) > 1:
             _, samples = self._decoded.popitem(last=False)
             rows = sum(len(sample.positions_N) for sample in samples.values())
             self._decoded_bytes -= rows * self.spec.kind.width * 8
@@ -302,7 +310,7 @@ class LabelSet:
                 shard.batch_rows,
                 name=f"{self.objects.uri}/{self.shard_path(shard.name, 'labels')}",
             )
-            if len(self._readers) > HELD_SHARDS:
+            if len(self._readers) > self.held_shards:
                 self._readers.popitem(last=False)
         self._readers.move_to_end(shard.name)
         return self._readers[shard.name]
@@ -347,7 +355,10 @@ class LabelSet:
     ) -> ArrowFile:
         name = f"{self.objects.uri}/{path}"
         source: bytes | pa.NativeFile
-        if self.objects.root is None and (most or file.num_bytes <= WHOLE_BYTES):
+        if self.objects.root is None and self.cache is not None:
+            source = self.cache.open(self.objects, path, file)
+            size = source.size()
+        elif self.objects.root is None and (most or file.num_bytes <= WHOLE_BYTES):
             source = self.objects.get(path)
             size = len(source)
         else:
@@ -377,6 +388,29 @@ class LabelSet:
         from storage.export import to_datasets
 
         return to_datasets(self, columns)
+
+    def to_polars(self, columns: Sequence[str] | None = None) -> "pl.DataFrame":
+        """All label rows as a polars frame; see :func:`storage.export.to_polars`."""
+        from storage.export import to_polars
+
+        return to_polars(self, columns)
+
+    def to_pandas(self, columns: Sequence[str] | None = None) -> "pd.DataFrame":
+        """All label rows as a pandas frame; see :func:`storage.export.to_pandas`."""
+        from storage.export import to_pandas
+
+        return to_pandas(self, columns)
+
+    def to_duckdb(
+        self,
+        columns: Sequence[str] | None = None,
+        *,
+        connection: "DuckDBPyConnection | None" = None,
+    ) -> "DuckDBPyRelation":
+        """Label rows as a lazy relation of DuckDB; see :func:`storage.export.to_duckdb`."""
+        from storage.export import to_duckdb
+
+        return to_duckdb(self, columns, connection=connection)
 
     def sidecar(self, spec: "SidecarSpec") -> "Sidecar":
         """Columns that somebody computed for these labels; see :mod:`storage.sidecar`."""

@@ -114,14 +114,14 @@ class Objects:
         except (BaseError, OSError) as error:
             raise StoreAccessError(f"cannot read {self.uri}/{path}: {_reason(error)}") from error
 
-    def upload(self, path: str, file: Path) -> None:
-        """Put a local file, of any size, under a name; an older object is replaced whole.
+    def upload(self, path: str, content: Path | bytes) -> None:
+        """Put a local file of any size, or bytes, under a name; replaces an older object whole.
 
         Raises:
             StoreAccessError: if it cannot be written.
         """
         try:
-            obstore.put(self._existing(), path, file)
+            obstore.put(self._existing(), path, content)
         except (BaseError, OSError) as error:
             raise StoreAccessError(f"cannot write {self.uri}/{path}: {_reason(error)}") from error
 

@@ -4,7 +4,8 @@ One small document per sample lies beside the label set, ``quarantine/<sample ke
 runs leave these samples out and say so, until somebody releases them.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -14,6 +15,8 @@ from storage.label_set import LabelSet
 from storage.provenance import utc_now
 from storage.records import Document, SampleKey, parse, to_json
 from storage.schema import FORMAT_VERSION
+
+_NAME = re.compile(r"[0-9a-f]{32}\.json")
 
 Reason = Literal["bad label", "engine died", "engine hung"]
 
@@ -64,9 +67,9 @@ class Quarantine:
 
     def keys(self) -> set[str]:
         """Sample keys that were set aside and have no label in this set by now."""
-        paths = self._set.objects.paths(self._folder)
-        named = [path.rpartition("/")[2].removesuffix(".json") for path in paths]
-        return set(self._set.missing(named)) if named else set()
+        named = [_key(path) for path in self._set.objects.paths(self._folder)]
+        keys = [key for key in named if key]
+        return set(self._set.missing(keys)) if keys else set()
 
     def samples(self) -> list[QuarantinedSample]:
         """What is known of all samples that were set aside, in key order.
@@ -74,14 +77,23 @@ class Quarantine:
         Raises:
             FormatError, ShardCorruptError: if a document is damaged.
         """
-        found = []
-        for key in sorted(self.keys()):
-            name = f"{self._set.objects.uri}/{self._path(key)}"
-            sample = parse(QuarantinedSample, self._set.objects.get(self._path(key)), name=name)
-            if sample.sample != key:
-                raise FormatError(f"{name} is about sample {sample.sample}: it was renamed")
-            found.append(sample)
-        return found
+        return [self._read(self._path(key)) for key in sorted(self.keys())]
+
+    def damaged(self) -> Iterator[tuple[str, str]]:
+        """Path and error of every document that is damaged or lies in the wrong place."""
+        for path in self._set.objects.paths(self._folder):
+            try:
+                self._read(path)
+            except (FormatError, ShardCorruptError) as error:
+                yield path, str(error)
+
+    def give_up(self, path: str) -> None:
+        """Remove a damaged document: the sample that it was about is asked for again.
+
+        Raises:
+            LabelStoreError: if the store cannot be written.
+        """
+        self._set.objects.delete(path)
 
     def release(self, keys: Iterable[str]) -> None:
         """Let samples be asked for again.
@@ -92,5 +104,24 @@ class Quarantine:
         for key in keys:
             self._set.objects.delete(self._path(key))
 
+    def _read(self, path: str) -> QuarantinedSample:
+        name = f"{self._set.objects.uri}/{path}"
+        try:
+            found = parse(QuarantinedSample, self._set.objects.get(path), name=name)
+        except FileNotFoundError as error:
+            raise FormatError(f"{name} vanished while it was read; try again") from error
+        if (found.label_set, found.sample) != (self._set.key, _key(path)):
+            raise FormatError(
+                f"{name} is about sample {found.sample} of label set {found.label_set}: it was "
+                "renamed; run `distill repair`"
+            )
+        return found
+
     def _path(self, key: str) -> str:
         return f"{self._folder}/{key}.json"
+
+
+def _key(path: str) -> str | None:
+    """Sample key of a document by its name, None for a name that none has."""
+    name = path.rpartition("/")[2]
+    return name.removesuffix(".json") if _NAME.fullmatch(name) else None

@@ -2,8 +2,9 @@
 
 Nothing is overwritten. A damaged shard is removed from service by a new record, a damaged index
 is replaced by one made from its shards, a damaged record by an empty one, and a damaged merged
-record, which is derived, is deleted; so are damaged numbers of sidecars. Everything undamaged stays
-as it is.
+record, which is derived, is deleted; so are damaged numbers of sidecars, certificates, and reasons
+why samples are in quarantine: the next labelling certifies, or asks for the sample, again. Labels
+that are undamaged stay as they are.
 """
 
 import io
@@ -12,11 +13,13 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from storage.certificate import give_up_certificate
 from storage.errors import LabelStoreError
 from storage.keys import LabelSetSpec
 from storage.label_set import LabelSet
 from storage.objects import Objects
 from storage.provenance import utc_now
+from storage.quarantine import Quarantine
 from storage.records import CommitRecord, LabelSetDocument, Name, to_json
 from storage.sidecar import read_spec
 from storage.verify import Problem, check_shard
@@ -34,7 +37,7 @@ class Repaired:
     replaced_records: list[int] = field(default_factory=list)
     """Damaged records that an empty one replaces."""
     deleted: list[str] = field(default_factory=list)
-    """Damaged merged records, and specs and parts of sidecars."""
+    """Damaged merged records, specs and parts of sidecars, certificates, files of quarantine."""
     lost_samples: int = 0
     """Samples that will be asked for again, as far as they are known."""
 
@@ -54,6 +57,12 @@ def repair(
             done.deleted.append(problem.path)
         elif problem.what == "sidecar":
             _repair_sidecar(label_set, problem)
+            done.deleted.append(problem.path)
+        elif problem.what == "certificate":
+            give_up_certificate(label_set, problem.path)
+            done.deleted.append(problem.path)
+        elif problem.what == "quarantine":
+            Quarantine(label_set).give_up(problem.path)
             done.deleted.append(problem.path)
         elif problem.what == "record":
             _replace_record(label_set, problem.number, provenance)

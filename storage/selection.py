@@ -5,6 +5,7 @@ cannot change an experiment. A selection holds the token ids of its prompts, so 
 training and inspection need neither the prompt files nor a tokenizer.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,12 +87,7 @@ class Selection:
     @property
     def key(self) -> str:
         """Digest of the content: samples in order, with their sources."""
-        return key_of(
-            [
-                [r.key, r.sample_index, [[s.file, s.line, s.id] for s in r.sources]]
-                for r in self.requests
-            ]
-        )
+        return key_of([_identity(request) for request in self.requests])
 
     @property
     def sample_keys(self) -> list[str]:
@@ -110,6 +106,18 @@ class Selection:
         return self.key
 
 
+@dataclass(frozen=True, slots=True)
+class SelectionIndex:
+    """What a training needs to know of the S samples of a selection; their tokens are left out."""
+
+    sample_keys: tuple[str, ...]
+    """In the order of the selection."""
+    num_prompt_tokens_S: npt.NDArray[np.int64]
+    """int64[S]: tokens of every prompt."""
+    num_last_rows_S: npt.NDArray[np.int64]
+    """int64[S]: labelled tokens after the last gap of the label mask; -1 where nothing masks."""
+
+
 def load_selection(objects: Objects, key: str) -> Selection:
     """Load and verify a selection.
 
@@ -118,21 +126,77 @@ def load_selection(objects: Objects, key: str) -> Selection:
         ShardCorruptError: if it is damaged.
         FormatError: if its content does not have the key, or a sample's tokens not theirs.
     """
+    return Selection(tuple(_verified(objects, key)))
+
+
+def load_selection_index(objects: Objects, key: str) -> SelectionIndex:
+    """Load and verify a selection without holding its prompts; raises as :func:`load_selection`."""
+    keys: list[str] = []
+    prompts: list[int] = []
+    last_rows: list[int] = []
+    for request in _verified(objects, key):
+        keys.append(request.key)
+        prompts.append(len(request.prompt_ids_P))
+        mask = request.label_mask_R
+        last_rows.append(-1 if mask is None else _last_run(mask))
+    return SelectionIndex(tuple(keys), np.array(prompts, np.int64), np.array(last_rows, np.int64))
+
+
+def _last_run(mask_R: npt.NDArray[np.bool_]) -> int:
+    """Length of the last run of True."""
+    labelled = np.flatnonzero(mask_R)
+    gaps = np.flatnonzero(np.diff(labelled) > 1)
+    return len(labelled) - (int(gaps[-1]) + 1 if len(gaps) else 0)
+
+
+def _verified(objects: Objects, key: str) -> Iterator[SampleRequest]:
+    """The requests of a stored selection, batch by batch; the last one ends the verification."""
     path = f"selections/{key}.arrow"
     name = f"{objects.uri}/{path}"
     try:
         data = objects.get(path)
     except FileNotFoundError as error:
         raise LabelStoreError(f"selection {key} is not in store {objects.uri!r}") from error
+    identities = []
     with ArrowFile(data, name=name, schema=SELECTION_SCHEMA) as file:
-        rows = file.table().to_pylist()
-    try:
-        selection = Selection(tuple(_request(row) for row in rows))
-    except ValueError as error:  # lists of sources of unequal lengths
-        raise FormatError(f"{name} is damaged: {error}") from error
-    if selection.key != key or not all(request.is_genuine for request in selection.requests):
+        for batch in file.batches():
+            try:
+                requests = [_request(row) for row in _rows(batch)]
+            except ValueError as error:  # lists of sources of unequal lengths
+                raise FormatError(f"{name} is damaged: {error}") from error
+            identities += [_identity(request) for request in requests]
+            if not all(request.is_genuine for request in requests):
+                raise FormatError(f"{name}: its content does not have the key {key}")
+            yield from requests
+    if key_of(identities) != key:
         raise FormatError(f"{name}: its content does not have the key {key}")
-    return selection
+
+
+def _identity(request: SampleRequest) -> list[object]:
+    """What of a request the key of a selection covers."""
+    sources = [[source.file, source.line, source.id] for source in request.sources]
+    return [request.key, request.sample_index, sources]
+
+
+def _rows(batch: pa.RecordBatch) -> Iterable[dict[str, object]]:
+    """Rows as dictionaries; lists of tokens stay arrays, as objects they would take ten times."""
+    columns = {
+        name: (_arrays if name in _TOKEN_COLUMNS else pa.Array.to_pylist)(batch.column(name))
+        for name in batch.schema.names
+    }
+    return ({name: values[row] for name, values in columns.items()} for row in range(len(batch)))
+
+
+_TOKEN_COLUMNS = ("prompt_ids", "response_ids", "label_mask")
+
+
+def _arrays(column: pa.Array) -> list[npt.NDArray[np.generic] | None]:
+    """The lists of a column as arrays of their own, None for null."""
+    offsets = column.offsets.to_numpy().tolist()
+    items = column.values.to_numpy(zero_copy_only=False)
+    valid = column.is_valid().to_pylist()
+    spans = zip(offsets[:-1], offsets[1:], valid, strict=True)
+    return [items[start:stop].copy() if there else None for start, stop, there in spans]
 
 
 def _row(request: SampleRequest) -> dict[str, object]:

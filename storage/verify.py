@@ -8,10 +8,12 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
+from storage.certificate import damaged_certificates
 from storage.errors import BadLabelError, EditedSpecError, FormatError, ShardCorruptError
 from storage.index import INDEX_SCHEMA, Entries, concat, format_keys, parse_keys
 from storage.ipc import ArrowFile
 from storage.label_set import LabelSet
+from storage.quarantine import Quarantine
 from storage.records import CommitRecord, FileRecord, IndexRecord, Name, ShardRecord
 from storage.shard import ShardReader
 from storage.sidecar import read_spec, spec_path
@@ -28,7 +30,7 @@ _Readable = tuple[CommitRecord, Sequence[ShardRecord]]
 class Problem:
     """One finding."""
 
-    what: Literal["record", "merged", "index", "shard", "sidecar"]
+    what: Literal["record", "merged", "index", "shard", "sidecar", "certificate", "quarantine"]
     path: str
     """Of the damaged file, below the store's URI."""
     error: str
@@ -43,7 +45,9 @@ class Problem:
 def verify(
     label_set: LabelSet, *, advance: Callable[[int], object] = lambda num_bytes: None
 ) -> Iterator[Problem]:
-    """Check the history, every index and shard that is served, and every sidecar.
+    """Check the history, every index and shard that is served, and all that lies beside them.
+
+    That is every sidecar, certificate and sample in quarantine.
 
     Args:
         label_set: The set; its spec has been checked on opening.
@@ -75,6 +79,10 @@ def verify(
         }
         yield from _check_index(label_set, record, numbers, entries)
     yield from _check_sidecars(label_set)
+    for path, text in damaged_certificates(label_set):
+        yield Problem("certificate", path, text, 0)
+    for path, text in Quarantine(label_set).damaged():
+        yield Problem("quarantine", path, text, 0)
 
 
 def _check_sidecars(label_set: LabelSet) -> Iterator[Problem]:

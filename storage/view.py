@@ -93,10 +93,16 @@ class LabelView:
             found.read([key for key, owner in zip(keys, owners, strict=True) if owner == number])
             for number, found in enumerate(self.sets)
         ]
+        own_key = self.spec.key  # a digest, computed once for all samples
         for owner in owners:
             sample = next(streams[owner])
-            exact = self.sets[owner].key == self.spec.key
+            exact = self.sets[owner].key == own_key
             yield sample if exact else narrow(sample, self.spec)
+
+    def serving(self, keys: Sequence[str]) -> Iterator[LabelSet]:
+        """Label sets from which some of the samples are read, each once."""
+        owners = set(self._owners(keys).tolist())
+        return (found for number, found in enumerate(self.sets) if number in owners)
 
     def _owners(self, keys: Sequence[str], *, required: bool = False) -> npt.NDArray[np.int64]:
         """int64[N]: the place in ``sets`` of the set that serves each sample, -1 for none."""

@@ -3,8 +3,11 @@
 import sys
 from pathlib import Path
 
+from storage.certificate import require_fit_samples
 from storage.errors import DistillError
-from student_train.config import TrainJob
+from storage.selection import load_selection
+from storage.store import LabelStore
+from student_train.config import LabelSource, TrainJob
 
 
 def main() -> int:
@@ -12,14 +15,24 @@ def main() -> int:
     if len(sys.argv) != 2:
         sys.stderr.write("usage: python -m student_train JOB.json\n")
         return 2
-    from student_train.trainer import train_student
-
     try:
-        train_student(TrainJob.model_validate_json(Path(sys.argv[1]).read_text()))
+        job = TrainJob.model_validate_json(Path(sys.argv[1]).read_text())
+        _require_fit(job.labels)
+        from student_train.trainer import train_student
+
+        train_student(job)
     except DistillError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
+
+
+def _require_fit(source: LabelSource) -> None:
+    """Refuse labels that are known to be wrong, as the pipeline does before it writes a job."""
+    store = LabelStore(source.store)
+    spec = store.open(source.label_set).spec
+    selection = load_selection(store.objects, source.selection)
+    require_fit_samples(store.view(spec), selection.sample_keys)
 
 
 if __name__ == "__main__":

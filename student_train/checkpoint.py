@@ -20,7 +20,7 @@ class Checkpoints:
 
     Args:
         directory: Folder of the run's checkpoints.
-        identity: What must be equal to resume: digest of job and labels, and the world size.
+        identity: What must be equal to resume: digests of job, labels and steps, the world size.
     """
 
     def __init__(self, directory: Path, identity: dict[str, str]) -> None:

@@ -1,11 +1,12 @@
 """Settings of student training and evaluation. No torch import here."""
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from storage.config import Config
+from storage.filter import FilterConfig
 from storage.keys import ColumnSpec
 from student_train.hard.config import CrossEntropyConfig, HardLabel, HardTermConfig
 from student_train.losses.config import TAIL_SAMPLES, ForwardKlConfig, SoftConfig, TaidConfig
@@ -148,8 +149,11 @@ class OptimizerConfig(Config):
 
     lr: float = Field(default=1e-5, gt=0)
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up, down to ``min_lr_ratio * lr``."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the decay after the warm-up, down to ``min_lr_ratio * lr``. ``wsd`` (warm-up,
+    stable, decay) stays at the peak and falls linearly at the end."""
+    decay_ratio: float = Field(default=0.1, gt=0, le=1)
+    """Share of the steps after the warm-up during which ``wsd`` falls; the others ignore it."""
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     """Share of all steps during which the learning rate rises linearly from 0."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
@@ -170,6 +174,73 @@ class BatchConfig(Config):
     micro_tokens: int = Field(default=8192, ge=1)
     """Tokens, padding included, that go through the model at once; lower it when memory runs
     out. It does not change the result beyond rounding."""
+    packing: Literal["first_fit", "length_sorted", "padded"] = "first_fit"
+    """``first_fit``: samples follow one another in a row without padding and without seeing each
+    other; rows are filled as well as possible. ``length_sorted``: the same with rows of samples
+    of like length. ``padded``: one sample per row, padded to the longest of its micro-batch, for
+    models that cannot keep samples apart; its steps are those of ``first_fit``, and so is its
+    result, beyond rounding."""
+    row_tokens: int = Field(default=2048, ge=1)
+    """Tokens of a row, and at most an eighth of ``tokens``. A row stays on one rank; a longer
+    sample is a row of its own."""
+    lanes: int = Field(default=64, ge=1, le=4096)
+    """Streams of samples that take turns. The order of samples is the same for every number of
+    ranks up to it; ranks have equal work where it is a multiple of their number."""
+    window_tokens: int = Field(default=8192, ge=1)
+    """Tokens of a lane among which samples are shuffled and packed. What is held in memory at a
+    time grows with it and with the lanes of a rank."""
+
+
+class ExtraLabels(Config):
+    """Labels of another label set or selection that are mixed in."""
+
+    label_set: str
+    """Its key."""
+    selection: str
+    """Key of a selection."""
+    store: str | None = None
+    """URI of the store, unset for that of the project."""
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    """Passes over it per epoch, as in ``train.data.weight``."""
+    filter: FilterConfig = FilterConfig()
+    """Which of its samples are kept."""
+
+
+class TrainDataConfig(Config):
+    """Which labels are trained on, beyond the project's selection."""
+
+    filter: FilterConfig = FilterConfig()
+    """Which samples of the selection are kept. Resolved once, before the first step."""
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    """Passes over the selection per epoch: 0.5 takes a random half, drawn anew for every epoch,
+    2 takes every sample twice."""
+    mixture: tuple[ExtraLabels, ...] = ()
+    """Other labels that are mixed in, with the same vocabulary."""
+    k: int | None = Field(default=None, ge=1)
+    """Tokens per position that are read; what the labels hold beyond goes into the tail. Unset: all
+    of them, in a mixture as many as every label set has."""
+    supervise: Literal["labelled", "last_turn"] = "labelled"
+    """``labelled``: the loss is taken at every labelled position, which are all tokens of the
+    response, or those that the label mask leaves. ``last_turn``: only at those after the last gap
+    of the label mask, the last answer of a conversation with several."""
+
+
+class LoaderConfig(Config):
+    """How labels are fetched. Nothing here changes the result, or the student's key."""
+
+    workers: int = Field(default=1, ge=1, le=64)
+    """Threads that read and decode. More help where the store is far away, or decoding is slower
+    than the model: the share of time spent waiting for data is in the metrics."""
+    prefetch: int = Field(default=4, ge=1)
+    """Micro-batches that are made ahead."""
+    memory_mib: int = Field(default=1024, ge=1)
+    """Decoded labels that a rank holds. With less than its lanes need (lanes x about 16384 rows x
+    8 bytes x k), batches of labels are decoded more than once."""
+    cache_directory: str | None = None
+    """Where copies of remote shards are kept, shared by all processes of a host. Unset, they are
+    read in place. Without effect on a local store."""
+    cache_gib: float = Field(default=50.0, gt=0)
+    """Size of that directory; the longest unused copies are removed."""
 
 
 class DeepSpeedConfig(Config):
@@ -198,11 +269,15 @@ class PrunedModelConfig(Config):
         return f"layers {', '.join(map(str, self.keep_layers))} of {self.of}"
 
 
+NOT_DECIDING = frozenset({"checkpoint_every_steps", "loader"})
+"""Settings of a training that change nothing about its result."""
+
+
 class TrainConfig(Config):
     """Everything that decides what a student becomes.
 
-    All of it enters the student's key: ``model`` by content, and only ``checkpoint_every_steps``
-    does not.
+    All of it enters the student's key, ``model`` by content, except for
+    ``checkpoint_every_steps`` and ``loader``.
     """
 
     model: str | PrunedModelConfig
@@ -213,6 +288,10 @@ class TrainConfig(Config):
     """Optimiser and learning-rate schedule."""
     batch: BatchConfig = BatchConfig()
     """Batch sizes."""
+    data: TrainDataConfig = TrainDataConfig()
+    """Filters and mixtures."""
+    loader: LoaderConfig = LoaderConfig()
+    """How labels are fetched."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the selection."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -223,6 +302,10 @@ class TrainConfig(Config):
     """Decides the order of samples in every epoch."""
     checkpoint_every_steps: int = Field(default=200, ge=1)
     """Steps between checkpoints; a crash repeats at most this many steps."""
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what the student becomes, as plain values, without ``model``."""
+        return self.model_dump(mode="json", exclude={"model", *NOT_DECIDING})
 
 
 class EvaluateConfig(Config):
@@ -252,12 +335,16 @@ class LabelSource(Config):
     """Label set key."""
     selection: str
     """Key of the selection: exactly these samples, whatever the set holds later."""
+    weight: float = Field(default=1.0, gt=0)
+    """Passes over it per epoch."""
 
 
 class TrainJob(Config):
     """One training of one student, as plain data that can be sent to another process."""
 
     labels: LabelSource
+    mixture: tuple[LabelSource, ...] = ()
+    """Labels that are mixed in; filters are applied already."""
     model: str
     """Directory of the untrained student."""
     tokenizer: str

@@ -1,43 +1,36 @@
-"""From cached samples to padded micro-batches.
+"""From cached samples to the micro-batches that go through a model."""
 
-The order of samples and their grouping into optimiser steps and micro-batches is a function of
-(seed, epoch, selection) alone: the same for every world size. Ranks take micro-batches in turn.
-"""
-
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from storage.keys import LabelSetSpec
 from storage.samples import LabelledSample
-from storage.selection import Selection, load_selection
+from storage.shard import BATCH_ROWS
+from storage.shard_cache import ShardCache
 from storage.store import LabelStore
-from student_train.config import BatchConfig, LabelSource
+from student_train.config import LabelSource, LoaderConfig, TrainDataConfig
 from student_train.hard.config import HardLabel
+from student_train.label_part import common_spec, load_part
 from student_train.losses.base import TeacherRows
-from student_train.sidecar_column import read_sidecar_column
-from student_train.teacher_rows import SIDECAR, teacher_rows
-from student_train.weights.config import SidecarWeightConfig, WeightPolicyConfig
+from student_train.teacher_rows import teacher_rows
+from student_train.weights.config import WeightPolicyConfig
 
+Int64s = npt.NDArray[np.int64]
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One optimiser step."""
-
-    micro_batches: tuple[tuple[int, ...], ...]
-    """Indices into the selection, micro-batch by micro-batch."""
-    num_supervised: int
-    """Label rows of the whole step over all ranks: the one normaliser of its loss."""
-    num_tokens: int
-    """Prompt and response tokens of the step, padding excluded."""
+BATCHES_PER_LANE = 2
+"""Record batches that the window of a lane lies in, as a rule."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Padded samples and the labels of their supervised positions."""
+    """Samples that go through the model at once, and the labels of their supervised positions."""
 
     input_ids_BT: Tensor
     """int64[B, T], right-padded with 0."""
@@ -47,6 +40,13 @@ class MicroBatch:
     """int64[M]: flat index b * T + t of the hidden state that predicts each labelled token."""
     labels: TeacherRows
     """Labels of the same M positions."""
+    document_ends: tuple[int, ...] | None = None
+    """Where each document of a packed row ends, the last at T; None where every row is one."""
+    counts: bool = True
+    """False for a batch that a rank computes and does not count, while others have more to do.
+
+    It is a real one: ZeRO reduces gradients in the order in which a backward pass makes them, and
+    that must be the same on all ranks."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on another device."""
@@ -55,126 +55,136 @@ class MicroBatch:
             self.attention_mask_BT.to(device),
             self.rows_M.to(device),
             self.labels.to(device),
+            self.document_ends,
+            self.counts,
         )
 
 
 class LabelReader:
-    """The samples of one selection, read from the cache and verified.
+    """The samples of one selection or of a mixture of several, read from the cache and verified.
 
-    They may lie in any label set that satisfies the one that is named.
+    They may lie in any label set that satisfies the one that is named. In memory are some numbers
+    per sample, and a bounded number of decoded batches.
 
     Args:
         source: Which labels.
         weight: The policy that they are read for; its sidecar is read too.
+        mixture: More labels, numbered on behind the first ones.
+        data: How many tokens per position are read, and which positions.
+        loader: Where copies of remote shards are kept.
 
     Raises:
         NotLabelledError: if no set, or the sidecar, has some sample of the selection.
-        PreflightError: if the sidecar does not serve.
+        PreflightError: if the sidecar does not serve, or labels do not mix.
     """
 
-    def __init__(self, source: LabelSource, weight: WeightPolicyConfig | None = None) -> None:
-        store = LabelStore(source.store)
-        self.spec: LabelSetSpec = store.open(source.label_set).spec
-        self.selection: Selection = load_selection(store.objects, source.selection)
-        self._view = store.view(self.spec)
-        self._keys = self.selection.sample_keys
-        self.num_rows, num_response_tokens = self._view.lengths(self._keys)
-        """int64[S]: label rows of every sample of the selection."""
-        prompt_lengths = [len(request.prompt_ids_P) for request in self.selection.requests]
-        self.num_tokens = np.array(prompt_lengths, dtype=np.int64) + num_response_tokens
-        """int64[S]: prompt plus response tokens of every sample."""
-        self._sidecar = (
-            read_sidecar_column([*self._view.sets, *self._view.upgradable], weight, self._keys)
-            if isinstance(weight, SidecarWeightConfig)
-            else None
+    def __init__(
+        self,
+        source: LabelSource,
+        weight: WeightPolicyConfig | None = None,
+        *,
+        mixture: Sequence[LabelSource] = (),
+        data: TrainDataConfig | None = None,
+        loader: LoaderConfig | None = None,
+    ) -> None:
+        data, loader = data or TrainDataConfig(), loader or LoaderConfig()
+        sources = (source, *mixture)
+        specs = [LabelStore(part.store).open(part.label_set).spec for part in sources]
+        self.spec: LabelSetSpec = common_spec(specs, data.k)
+        """What is read of every sample."""
+        self._cache = (
+            None
+            if loader.cache_directory is None
+            else ShardCache(Path(loader.cache_directory), int(loader.cache_gib * 2**30))
         )
+        self._parts = [
+            load_part(part, self.spec, spec, weight, data.supervise, self._cache)
+            for part, spec in zip(sources, specs, strict=True)
+        ]
+        self.weights = [part.weight for part in sources]
+        """Passes over every source per epoch."""
+        self._first = [0, *accumulate(len(part.keys) for part in self._parts)]
+        self.source_S: Int64s = np.repeat(
+            np.arange(len(self._parts)), [len(part.keys) for part in self._parts]
+        )
+        """int64[S]: which source every sample comes from."""
+        self.num_rows: Int64s = np.concatenate([part.num_rows_S for part in self._parts])
+        """int64[S]: supervised rows of every sample."""
+        self.num_tokens: Int64s = np.concatenate([part.num_tokens_S for part in self._parts])
+        """int64[S]: prompt plus response tokens of every sample."""
+        # bytes compare like the keys, which are hexadecimal, and take an eighth of the memory
+        keys_S = np.array([key.encode() for part in self._parts for key in part.keys])
+        self.key_order_S: Int64s = np.argsort(keys_S, kind="stable")
+        """int64[S]: all samples, sorted by their keys."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all sources."""
+        return self._first[-1]
 
     @property
     def vocab_size(self) -> int:
         """Effective vocabulary of the labels."""
         return self.spec.vocab_size
 
+    def fork(self) -> "LabelReader":
+        """A reader of the same samples for another thread."""
+        twin = object.__new__(LabelReader)
+        twin.__dict__.update(self.__dict__)
+        twin._parts = [part.fork() for part in self._parts]
+        return twin
+
+    def hold(self, lanes: int, max_bytes: int) -> None:
+        """Keep decoded what so many lanes are reading, within a bound."""
+        for part in self._parts:
+            share = max_bytes // len(self._parts)
+            part.hold(BATCHES_PER_LANE * lanes, BATCH_ROWS * BATCHES_PER_LANE * lanes, share)
+
     def read(self, indices: Sequence[int]) -> list[LabelledSample]:
-        """The samples at these places of the selection, verified."""
-        samples = self._view.read([self._keys[index] for index in indices])
-        if self._sidecar is None:
-            return list(samples)
-        return [
-            replace(sample, optional={**sample.optional, SIDECAR: self._sidecar[sample.key]})
-            for sample in samples
-        ]
+        """The samples at these places of the selection, verified.
+
+        Raises:
+            ShardCorruptError: if the bytes differ from what was committed.
+        """
+        sources = self.source_S[list(indices)].tolist()
+        places: list[list[int]] = [[] for _ in self._parts]
+        for index, source in zip(indices, sources, strict=True):
+            places[source].append(index - self._first[source])
+        streams = [part.read(mine) for part, mine in zip(self._parts, places, strict=True)]
+        return [next(streams[source]) for source in sources]
 
 
-def plan_epoch(
-    num_rows_S: np.ndarray, num_tokens_S: np.ndarray, batch: BatchConfig, *, seed: int, epoch: int
-) -> list[StepPlan]:
-    """Group shuffled samples into steps of about ``batch.tokens`` tokens.
-
-    A step ends before the sample that would exceed the budget, so no sample is split, dropped or
-    seen twice in an epoch; a sample longer than the budget gets a step of its own.
-    """
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(num_tokens_S))
-    groups: list[list[int]] = [[]]
-    used = 0
-    for index in order.tolist():
-        if groups[-1] and used + num_tokens_S[index] > batch.tokens:
-            groups.append([])
-            used = 0
-        groups[-1].append(index)
-        used += int(num_tokens_S[index])
-    return [_plan_step(group, num_rows_S, num_tokens_S, batch) for group in groups if group]
-
-
-def _plan_step(
-    group: list[int], num_rows_S: np.ndarray, num_tokens_S: np.ndarray, batch: BatchConfig
-) -> StepPlan:
-    return StepPlan(
-        micro_batches=tuple(split_by_padded_size(group, num_tokens_S, batch.micro_tokens)),
-        num_supervised=int(num_rows_S[group].sum()),
-        num_tokens=int(num_tokens_S[group].sum()),
-    )
-
-
-def split_by_padded_size(
-    indices: Sequence[int], num_tokens_S: np.ndarray, micro_tokens: int
-) -> Iterator[tuple[int, ...]]:
-    """Micro-batches of samples of like length whose padded size stays within ``micro_tokens``."""
-    by_length = sorted(indices, key=lambda index: (-int(num_tokens_S[index]), index))
-    current: list[int] = []
-    for index in by_length:
-        longest = int(num_tokens_S[current[0]]) if current else 0
-        if current and longest * (len(current) + 1) > micro_tokens:
-            yield tuple(current)
-            current = []
-        current.append(index)
-    if current:
-        yield tuple(current)
-
-
-def collate(samples: Sequence[LabelledSample], hard: HardLabel, spec: LabelSetSpec) -> MicroBatch:
-    """Pad samples into one micro-batch.
+def collate(
+    samples: Sequence[LabelledSample], hard: HardLabel, spec: LabelSetSpec, *, packed: bool = False
+) -> MicroBatch:
+    """Put samples into one micro-batch, below or behind one another.
 
     Row n of a sample's labels belongs to the hidden state at ``len(prompt) + position - 1``: the
-    one that predicts response token ``position``.
+    one that predicts response token ``position``. The last token of a sample predicts nothing and
+    is left out, so no row of one sample predicts a token of the next.
 
     Args:
         samples: At least one.
         hard: Which token is the hard label.
         spec: Of the samples' label set.
+        packed: One row of all samples, instead of padding each to the longest.
     """
     lengths = [len(s.prompt_ids_P) + len(s.response_ids_R) - 1 for s in samples]
-    width = max(lengths)
-    input_ids = np.zeros((len(samples), width), dtype=np.int64)
+    ends = list(accumulate(lengths))
+    width = ends[-1] if packed else max(lengths)
+    input_ids = np.zeros((1 if packed else len(samples), width), dtype=np.int64)
     mask = np.zeros_like(input_ids)
     rows = []
     for number, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
         tokens = np.concatenate([sample.prompt_ids_P, sample.response_ids_R])
-        input_ids[number, :length] = tokens[:length]  # the last token predicts nothing
-        mask[number, :length] = 1
-        rows.append(number * width + len(sample.prompt_ids_P) - 1 + sample.positions_N)
+        start = ends[number] - length if packed else number * width
+        input_ids.reshape(-1)[start : start + length] = tokens[:length]
+        mask.reshape(-1)[start : start + length] = 1
+        rows.append(start + len(sample.prompt_ids_P) - 1 + sample.positions_N)
     return MicroBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(mask),
         torch.from_numpy(np.concatenate(rows).astype(np.int64)),
         teacher_rows(samples, hard, spec),
+        tuple(ends) if packed else None,
     )

@@ -1,6 +1,8 @@
 """Held-out quality of a model against cached teacher labels; the teacher is not run."""
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import torch
 from transformers import AutoTokenizer
 
 from storage.files import write_atomically
+from storage.samples import LabelledSample
 from student_train.config import EvaluateJob, HybridLossConfig
-from student_train.data import LabelReader, collate, split_by_padded_size
+from student_train.data import LabelReader, collate
 from student_train.losses.config import ForwardKlConfig
 from student_train.model import Student, load_causal_lm
 from student_train.schedules import StepState
+from student_train.step_plan import split_by_padded_size
 from student_train.weights.config import StaticWeightConfig
 
 
@@ -22,7 +26,8 @@ def evaluate_student(job: EvaluateJob) -> None:
 
     The file holds ``metrics`` (means over all labelled positions: ``kl`` on the k+1 categories
     and ``cross_entropy`` of the sampled tokens in nats, ``agreement`` of the argmax tokens),
-    their ``num_tokens``, and ``generations``.
+    their ``num_tokens``, ``generations``, and ``samples``: the same of every sample, in the order
+    of the selection.
     """
     torch.set_num_threads(job.threads)
     reader = LabelReader(job.labels)
@@ -30,31 +35,60 @@ def evaluate_student(job: EvaluateJob) -> None:
     language_model = load_causal_lm(job.model, "bfloat16").eval().to(device)
     loss = HybridLossConfig(soft=ForwardKlConfig(), weight=StaticWeightConfig(soft_weight=1.0))
     student = Student(language_model, loss, reader.vocab_size)
-    sums = dict.fromkeys(("kl", "cross_entropy", "agreement"), 0.0)
+    measured: list[dict[str, Any]] = []
     nowhere = StepState(step=0, total_steps=1)  # nothing that is measured moves
-    everything = range(len(reader.selection.requests))
+    everything = range(reader.num_samples)
     with torch.inference_mode():
         for indices in split_by_padded_size(
             everything, reader.num_tokens, job.evaluate.micro_tokens
         ):
-            batch = collate(reader.read(indices), "sampled", reader.spec).to(device)
+            samples = reader.read(indices)
+            batch = collate(samples, "sampled", reader.spec).to(device)
             terms = student(batch, nowhere)
-            sums["kl"] += float(terms.soft_M.sum())
-            sums["cross_entropy"] += float(terms.hard_M.sum())
-            same = terms.student_argmax_M == batch.labels.topk_ids_MK[:, 0]
-            sums["agreement"] += float(same.sum())
+            same_M = terms.student_argmax_M == batch.labels.topk_ids_MK[:, 0]
+            columns = {"kl": terms.soft_M, "cross_entropy": terms.hard_M, "agreement": same_M}
+            measured += _by_sample(samples, columns)
     num_tokens = int(reader.num_rows.sum())
     result = {
-        "metrics": {name: sums[name] / num_tokens for name in job.evaluate.metrics},
+        "metrics": {
+            name: math.fsum(sample[name] for sample in measured) / num_tokens
+            for name in job.evaluate.metrics
+        },
         "num_tokens": num_tokens,
         "generations": _generate(language_model, reader, job),
+        "samples": measured,
     }
     write_atomically(Path(job.output), json.dumps(result, indent=1).encode())
 
 
+def _by_sample(
+    samples: Sequence[LabelledSample], columns: Mapping[str, torch.Tensor]
+) -> list[dict[str, Any]]:
+    """Sums over the labelled positions of every sample, and where its KL is largest.
+
+    Args:
+        samples: Of one micro-batch.
+        columns: One number for each of its M label rows, by name; those of a sample follow one
+            another.
+    """
+    sizes = [len(sample.positions_N) for sample in samples]
+    parts = {name: torch.split(values_M.cpu(), sizes) for name, values_M in columns.items()}
+    return [
+        {
+            "sample_key": sample.key,
+            "num_tokens": size,
+            **{
+                name: float(split[number].sum(dtype=torch.float64)) for name, split in parts.items()
+            },
+            "worst_position": int(sample.positions_N[int(parts["kl"][number].argmax())]),
+        }
+        for number, (sample, size) in enumerate(zip(samples, sizes, strict=True))
+    ]
+
+
 def _generate(language_model: Any, reader: LabelReader, job: EvaluateJob) -> list[dict[str, str]]:
     """Greedy answers to the first held-out prompts, beside the teacher's cached ones."""
-    count = min(job.evaluate.generations, len(reader.selection.requests))
+    count = min(job.evaluate.generations, reader.num_samples)
     if count == 0:
         return []
     tokenizer = AutoTokenizer.from_pretrained(job.model, local_files_only=True)

@@ -13,6 +13,7 @@ from storage.errors import ConfigError
 from storage.files import published_directory
 from student_train.config import SupervisionConfig
 from student_train.data import MicroBatch
+from student_train.documents import document_inputs
 from student_train.errors import PreflightError
 from student_train.head import HeadScope, check_head, head_of
 from student_train.losses import LOSSES
@@ -63,12 +64,11 @@ class Student(nn.Module):
         """Loss of a micro-batch, summed over its supervised positions.
 
         Args:
-            batch: The micro-batch.
+            batch: The micro-batch; a packed one needs a model that was set up for it
+                (:func:`student_train.documents.isolate_documents`).
             step: Where the training stands; evaluation, whose loss does not move, gives any.
         """
-        hidden_BTH = self.language_model.base_model(
-            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
-        ).last_hidden_state
+        hidden_BTH = self.language_model.base_model(**_model_inputs(batch)).last_hidden_state
         hidden_MH = hidden_BTH.flatten(0, 1).index_select(0, batch.rows_M)
         loss = cast(Callable[..., LossTerms], load(LOSSES[self._loss.type]))
         found: list[LossTerms] = []
@@ -88,10 +88,16 @@ class Student(nn.Module):
         total_in_scope = self._head_scope(hidden_MH, total)
         return replace(found[0], total=total_in_scope)
 
-    def anchor(self) -> Tensor:
-        """A zero that depends on every parameter: the loss of a rank without a micro-batch."""
-        parameters = (p for p in self.parameters() if p.requires_grad)
-        return torch.stack([p.flatten()[0] * 0.0 for p in parameters]).sum()
+
+def _model_inputs(batch: MicroBatch) -> dict[str, Any]:
+    """What a base model is called with."""
+    if batch.document_ends is not None:
+        return document_inputs(batch.input_ids_BT, batch.document_ends)
+    return {
+        "input_ids": batch.input_ids_BT,
+        "attention_mask": batch.attention_mask_BT,
+        "use_cache": False,
+    }
 
 
 def prune_layers(source: Path, keep: Sequence[int], output: Path) -> None:

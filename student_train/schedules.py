@@ -28,7 +28,10 @@ class StepState:
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of step ``step`` (from 0) of ``total_steps``."""
+    """Learning rate of step ``step`` (from 0) of ``total_steps``.
+
+    Source of ``wsd``: MiniCPM (Hu et al. 2024), with a linear decay.
+    """
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps
@@ -36,6 +39,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     decay = {
         "constant": 1.0,
         "linear": 1.0 - progress,
+        "wsd": min(1.0, (1.0 - progress) / config.decay_ratio),
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[config.schedule]
     floor = 1.0 if config.schedule == "constant" else config.min_lr_ratio

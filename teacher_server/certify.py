@@ -35,6 +35,7 @@ def certify(
     model: str,
     settings: QaConfig,
     *,
+    adapter: str | None = None,
     threads: int = 1,
     start: StartRescorer | None = None,
 ) -> Certificate:
@@ -47,6 +48,7 @@ def certify(
         label_set: At least one sample must be stored.
         model: Directory of the teacher; :func:`require_teacher` says whether it is the right one.
         settings: What is looked at, and what is refused.
+        adapter: Directory of the LoRA adapter that the teacher labelled with.
         threads: CPU threads of the teacher.
         start: Loads the teacher in another way than transformers does.
 
@@ -60,7 +62,7 @@ def certify(
     """
 
     def load(spec: LabelSetSpec, exact: bool) -> Rescorer:
-        return start_rescorer(model, spec, threads=threads, exact=exact)
+        return start_rescorer(model, spec, threads=threads, exact=exact, adapter=adapter)
 
     check = choose_samples(label_set, rows=settings.drawn_rows, seed=settings.seed)
     found = _Findings(label_set, settings, start or load)
@@ -78,13 +80,14 @@ def require_teacher(spec: LabelSetSpec, fingerprint: TeacherFingerprint, *, dire
     wanted = spec.generation.teacher
     differing = [
         name
-        for name in ("weights", "config")
+        for name in ("weights", "config", "adapters")
         if getattr(wanted, name) != getattr(fingerprint, name)
     ]
     if differing:
         raise TeacherError(
             f"{directory!r} is not the teacher of label set {spec.key}: its "
-            f"{' and '.join(differing)} differ; give the directory of the teacher with --teacher"
+            f"{' and '.join(differing)} differ; give the directory of the teacher with --teacher, "
+            "and that of its LoRA adapter with --adapter"
         )
 
 

@@ -117,6 +117,9 @@ class TeacherConfig(Config):
     """Directory of a Hugging Face checkpoint (safetensors), or a GGUF file to convert."""
     backend: BackendConfig = VllmBackendConfig()
     """What runs the model."""
+    adapter: str | None = None
+    """Directory of a LoRA adapter, as peft saves it, that the model is used with; part of the
+    labels' identity."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Compute dtype of the trunk; part of the labels' identity."""
     head_dtype: Literal["float32", "same"] = "float32"
@@ -160,7 +163,8 @@ class LabelConfig(Config):
     """Soft labels per position; a section without ``type`` is of type ``topk``."""
     columns: tuple[ColumnSpec, ...] = ("entropy",)
     """Optional label columns, in any order. ``entropy``: exact Shannon entropy. ``power_sums``: for
-    temperatures other than 1. ``power_sum_10``: for the weights of the hybrid loss by power sums.
+    temperatures from 1 to 4. ``power_sum_200``, ``power_sum_400``: for temperatures 1/2 and 1/4.
+    ``power_sum_10``: for the weights of the hybrid loss by power sums.
     At most one section with a type samples single tokens of the tail."""
     commit_samples: int = Field(default=64, ge=1)
     """Samples per commit; a crash loses at most this many of each engine, plus those in flight."""

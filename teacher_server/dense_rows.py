@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from storage.columns import LOG_POWER_SUM, POWERS, TAIL_IDS, TAIL_WEIGHTS, scalar_columns
+from storage.columns import LOG_POWER_SUM, TAIL_IDS, TAIL_WEIGHTS, exponent, scalar_columns
 from storage.keys import LabelSetSpec
 from storage.labels import label_kind
 from storage.labels.base import UNUSED_ID
@@ -90,7 +90,7 @@ def _scalar(name: str, logprobs_NV: Tensor, probabilities_NV: Tensor) -> Tensor:
     """An optional scalar column by its Arrow name, float64[N]."""
     if name == "entropy":
         return -_mean(logprobs_NV, probabilities_NV)
-    tempered_NV = POWERS[name[-2:]] * logprobs_NV
+    tempered_NV = exponent(name) * logprobs_NV
     if name.startswith(LOG_POWER_SUM):
         return tempered_NV.logsumexp(dim=-1)
     return _mean(logprobs_NV, tempered_NV.softmax(dim=-1))

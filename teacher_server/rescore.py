@@ -79,7 +79,7 @@ class TransformersRescorer(TransformersBackend):
 
 
 def start_rescorer(
-    model: str, spec: LabelSetSpec, *, threads: int, exact: bool
+    model: str, spec: LabelSetSpec, *, threads: int, exact: bool, adapter: str | None = None
 ) -> TransformersRescorer:
     """Load a teacher to score samples of a label set again.
 
@@ -88,6 +88,7 @@ def start_rescorer(
         spec: Of the label set.
         threads: CPU threads.
         exact: In float32 throughout, whatever the dtypes of the set.
+        adapter: Directory of the LoRA adapter that it labelled with.
 
     Raises:
         TeacherError: if transformers cannot run this teacher.
@@ -102,6 +103,7 @@ def start_rescorer(
     return TransformersRescorer(
         TeacherJob(
             model=model,
+            adapter=adapter,
             backend=TransformersBackendConfig(threads=threads),
             spec=spec.model_copy(update={"generation": generation, "columns": names}),
             max_model_len=1,  # limits answers, and there are none

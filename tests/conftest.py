@@ -14,7 +14,10 @@ import pytest
 from hypothesis import settings
 
 # Set at import, before any test module imports a library that reads them.
+HAS_GPU = Path("/dev/nvidiactl").exists()
 for name, value in {
+    # Triton programs are compiled for a GPU, or interpreted; triton decides when it is imported
+    "TRITON_INTERPRET": "0" if HAS_GPU else "1",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
@@ -28,13 +31,12 @@ for name, value in {
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("ci")
 
-TIMEOUT_S = {"unit": 60, "integration": 600, "e2e": 900, "soak": 3600}
+TIMEOUT_S = {"unit": 60, "integration": 600, "e2e": 900, "soak": 3600, "browser": 120}
 """Tier, which is a folder and a marker, and how long one of its tests may take by default."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     root = Path(__file__).parent
-    has_gpu = Path("/dev/nvidiactl").exists()
     for item in items:
         tier = item.path.relative_to(root).parts[0]
         if tier not in TIMEOUT_S:
@@ -44,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(tier)
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUT_S[tier]))
-        if item.get_closest_marker("gpu") is not None and not has_gpu:
+        if item.get_closest_marker("gpu") is not None and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 

@@ -39,6 +39,10 @@ def certify(
             metavar="DIR", help="With a key: directory of the teacher, if it is elsewhere now."
         ),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --teacher: directory of its LoRA adapter."),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Score so many samples again.")
     ] = None,
@@ -53,7 +57,7 @@ def certify(
     if Path(target).suffix in CONFIG_SUFFIXES:
         certificates = _of_project(Path(target), overrides, samples, force, as_json=as_json)
     else:
-        certificates = [_of_set(target, store, teacher, samples, force, as_json=as_json)]
+        certificates = [_of_set(target, store, (teacher, adapter), samples, force, as_json=as_json)]
     if as_json:
         print_json([certificate.model_dump(mode="json") for certificate in certificates])
     else:
@@ -85,7 +89,7 @@ def _of_project(
 def _of_set(
     key: str,
     store: str | None,
-    teacher: Path | None,
+    given: tuple[Path | None, Path | None],
     samples: int | None,
     force: bool,
     *,
@@ -103,12 +107,16 @@ def _of_set(
     found = None if force else valid_certificate(label_set, settings)
     if found is not None:
         return found
-    directory = _teacher_directory(label_set, teacher)
+    directory, adapter = _teacher_directories(label_set, *given)
     from teacher_server.certify import certify as certify_set
 
     with out.status("certifying labels"):
         return certify_set(
-            label_set, str(directory), settings, threads=len(os.sched_getaffinity(0))
+            label_set,
+            str(directory),
+            settings,
+            adapter=None if adapter is None else str(adapter),
+            threads=len(os.sched_getaffinity(0)),
         )
 
 
@@ -116,8 +124,10 @@ def _settings(settings: "QaConfig", samples: int | None) -> "QaConfig":
     return settings if samples is None else settings.model_copy(update={"samples": samples})
 
 
-def _teacher_directory(label_set: "LabelSet", given: Path | None) -> Path:
-    """Where the teacher of a label set is: as given, or as its provenance says.
+def _teacher_directories(
+    label_set: "LabelSet", given: Path | None, given_adapter: Path | None
+) -> tuple[Path, Path | None]:
+    """Where teacher and adapter of a label set are: as given, or as its provenance says.
 
     Raises:
         ConfigError: if there is no model.
@@ -127,15 +137,19 @@ def _teacher_directory(label_set: "LabelSet", given: Path | None) -> Path:
     from storage.fingerprint import DigestMemo, fingerprint_model
     from teacher_server.certify import require_teacher
 
-    directory = given or Path(label_set.document.provenance.get("teacher", ""))
+    facts = label_set.document.provenance
+    directory = given or Path(facts.get("teacher", ""))
+    adapter = given_adapter
+    if adapter is None and "adapter" in facts:
+        adapter = Path(facts["adapter"])
     if given is None and not (directory / "config.json").is_file():
         raise ConfigError(
             f"the teacher of label set {label_set.key} is not at {str(directory)!r} any more; give "
             "its directory with --teacher"
         )
-    fingerprint = fingerprint_model(directory, DigestMemo(None))
+    fingerprint = fingerprint_model(directory, DigestMemo(None), adapter=adapter)
     require_teacher(label_set.spec, fingerprint, directory=str(directory))
-    return directory
+    return directory, adapter
 
 
 # -- for people -----------------------------------------------------------------------------------

@@ -50,11 +50,19 @@ SHOWN_KEY_DIGITS = 12
 
 
 def open_project(config: Path, overrides: list[str] | None, *, as_json: bool) -> "Project":
-    """Load a configuration; with ``--json``, progress goes to stderr."""
+    """Load a configuration; with ``--json``, progress goes to stderr.
+
+    Raises:
+        ConfigError: if it is wrong, or a job would lose what it makes.
+    """
     from pipeline.config import load_config
     from pipeline.project import Project
+    from pipeline.submit import require_lasting_paths, runs_as_job
 
-    return Project(load_config(config, overrides or ()), console(as_json=as_json))
+    loaded = load_config(config, overrides or ())
+    if runs_as_job():
+        require_lasting_paths(loaded)
+    return Project(loaded, console(as_json=as_json))
 
 
 def open_store(uri: str | None) -> "LabelStore":

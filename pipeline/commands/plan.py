@@ -35,7 +35,8 @@ def plan(config: ConfigArgument, overrides: SetOption = None, as_json: JsonOptio
     project.console.print(table)
     if found["upgrades"]:
         project.say(
-            f"{found['upgrades']} upgradable samples will be labelled anew, like missing ones"
+            f"{found['upgrades']} upgradable samples keep their responses: the teacher only scores "
+            "the tokens that are stored"
         )
     project.say(
         f"to label: {found['upgrades'] + found['misses']} samples, "

@@ -30,6 +30,8 @@ ACTIONS = {
     "index": "make it anew from its shards",
     "shard": "take it out of service",
     "sidecar": "give it up",
+    "certificate": "delete it; if it is the newest, the older ones too",
+    "quarantine": "delete it",
     "selection": "delete it",
 }
 

@@ -27,6 +27,8 @@ LOSSES = {
     "merged": "nothing is lost, it is derived",
     "index": "nothing is lost, it can be made anew",
     "sidecar": "its numbers must be computed again",
+    "certificate": "no label is lost, the next labelling certifies again",
+    "quarantine": "the reason is lost, the next labelling asks for the sample again",
     "selection": "nothing is lost, the next plan makes it anew",
 }
 """What is lost with a damaged file that is no shard."""

@@ -1,7 +1,5 @@
 """Certify what was labelled: a sample of every label set is scored again, in a Ray task."""
 
-from collections.abc import Iterator
-
 from pipeline.cluster import Cluster, unwrapped
 from pipeline.project import Project
 from pipeline.steps.plan import Plan
@@ -11,7 +9,6 @@ from storage.errors import FormatError, ShardCorruptError
 from storage.label_set import LabelSet
 from storage.qa import QaConfig
 from storage.store import LabelStore
-from storage.view import LabelView
 from teacher_server.config import FakeBackendConfig
 from teacher_server.errors import TeacherError
 
@@ -20,12 +17,19 @@ class CertifyWorker:
     """Certifies label sets in a process of its own (a Ray actor)."""
 
     def certify(
-        self, store_uri: str, key: str, model: str, settings: QaConfig, threads: int
+        self,
+        store_uri: str,
+        key: str,
+        model: str,
+        adapter: str | None,
+        settings: QaConfig,
+        threads: int,
     ) -> Certificate:
         """Certify one label set; see :func:`teacher_server.certify.certify`."""
         from teacher_server.certify import certify
 
-        return certify(LabelStore(store_uri).open(key), model, settings, threads=threads)
+        label_set = LabelStore(store_uri).open(key)
+        return certify(label_set, model, settings, adapter=adapter, threads=threads)
 
 
 def certify_labels(
@@ -53,7 +57,8 @@ def certify_labels(
     if isinstance(project.config.teacher.backend, FakeBackendConfig):
         return []
     certificates: list[Certificate] = []
-    for label_set in serving_sets(project.store.view(plan.spec), plan):
+    sample_keys = [request.key for request in plan.requests()]
+    for label_set in project.store.view(plan.spec).serving(sample_keys):
         certificate = None if force else valid_certificate(label_set, settings)
         if certificate is None:
             try:
@@ -65,16 +70,6 @@ def certify_labels(
         certificates.append(certificate)
         project.say(f"labels: {in_words(certificate)}")
     return certificates
-
-
-def serving_sets(view: LabelView, plan: Plan) -> Iterator[LabelSet]:
-    """Label sets from which samples of a plan are read, each once."""
-    left = [request.key for request in plan.requests()]
-    for label_set in view.sets:
-        there = label_set.contains(left).tolist()
-        if any(there):
-            yield label_set
-        left = [key for key, found in zip(left, there, strict=True) if not found]
 
 
 def valid_certificate(label_set: LabelSet, settings: QaConfig) -> Certificate | None:
@@ -120,7 +115,12 @@ def _certify(
     with project.timed("certify", label_set=label_set.key) as cost:
         worker = ray.remote(CertifyWorker).options(**options).remote()
         call = worker.certify.remote(
-            project.store_uri, label_set.key, teacher.model.directory, settings, cluster.cpus
+            project.store_uri,
+            label_set.key,
+            teacher.model.directory,
+            teacher.adapter,
+            settings,
+            cluster.cpus,
         )
         with project.console.status("certifying labels"):
             try:

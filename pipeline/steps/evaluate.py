@@ -10,7 +10,7 @@ from pipeline.project import Project
 from pipeline.steps.plan import Plan
 from pipeline.steps.train import TrainedStudent
 from storage.keys import key_of
-from student_train.config import EvaluateJob, LabelSource
+from student_train.config import EvaluateConfig, EvaluateJob, LabelSource
 
 UNTRAINED = "untrained"
 
@@ -22,7 +22,7 @@ class Evaluation:
     name: str
     """Name of the student, or ``untrained``."""
     result: dict[str, Any]
-    """What ``student_train.evaluate`` wrote: metrics, num_tokens, generations."""
+    """What ``student_train.evaluate`` wrote: metrics, num_tokens, generations, samples."""
 
 
 def evaluate_students(
@@ -32,10 +32,7 @@ def evaluate_students(
 
     Returns an empty list when the project has no held-out prompts.
     """
-    if not plan.selections["heldout"].requests:
-        return []
-    wanted = _wanted(project, students, plan)
-    missing = [(name, model, path) for name, model, path in wanted if not path.is_file()]
+    missing = unevaluated(project, students, plan)
     if missing:
         labels = LabelSource(
             store=project.store_uri,
@@ -55,36 +52,62 @@ def evaluate_students(
         names = [name for name, _, _ in missing]
         with project.timed("evaluate", models=names):
             _run(project, names, jobs, cluster)
+    return published_evaluations(project, students, plan)
+
+
+def published_evaluations(
+    project: Project, students: Sequence[TrainedStudent], plan: Plan
+) -> list[Evaluation]:
+    """Evaluations that are there, those of the untrained models first."""
     return [
         Evaluation(name, project.read_json(str(path.relative_to(project.directory))))
-        for name, _, path in wanted
+        for name, _, path in _wanted(project, students, plan)
+        if path.is_file()
     ]
+
+
+def evaluation_file(settings: EvaluateConfig, label_set: str, selection: str) -> str:
+    """Name of the file with a model's quality on a selection; the same settings, the same name."""
+    key = key_of(
+        {
+            "evaluate": settings.model_dump(mode="json", exclude={"micro_tokens"}),
+            "label_set": label_set,
+            "selection": selection,
+        }
+    )
+    return f"evaluation-{key[:12]}.json"
+
+
+def unevaluated(
+    project: Project, students: Sequence[TrainedStudent], plan: Plan
+) -> list[tuple[str, str, Path]]:
+    """Name, model directory and result file of every model that is not measured yet."""
+    return [wanted for wanted in _wanted(project, students, plan) if not wanted[2].is_file()]
+
+
+def remove_evaluations(project: Project, students: Sequence[TrainedStudent], plan: Plan) -> None:
+    """Let all models be measured again."""
+    for _, _, path in _wanted(project, students, plan):
+        path.unlink(missing_ok=True)
 
 
 def _wanted(
     project: Project, students: Sequence[TrainedStudent], plan: Plan
 ) -> list[tuple[str, str, Path]]:
-    """(name, model directory, result file) of every model."""
-    key = key_of(
-        {
-            "evaluate": project.config.evaluate.model_dump(mode="json", exclude={"micro_tokens"}),
-            "label_set": plan.spec.key,
-            "selection": plan.selection_keys["heldout"],
-        }
-    )
+    """Name, model directory and result file of every model; none without held-out prompts."""
+    if not plan.selections["heldout"].requests:
+        return []
+    file = evaluation_file(project.config.evaluate, plan.spec.key, plan.selection_keys["heldout"])
     untrained = {student.untrained.key: student.untrained.directory for student in students}
     models = [
         (
             UNTRAINED if len(untrained) == 1 else f"{UNTRAINED}-{model_key[:8]}",
             directory,
-            project.directory / "untrained" / model_key[:12] / f"evaluation-{key[:12]}.json",
+            project.directory / "untrained" / model_key[:12] / file,
         )
         for model_key, directory in untrained.items()
     ]
-    models += [
-        (student.name, student.model, student.directory / f"evaluation-{key[:12]}.json")
-        for student in students
-    ]
+    models += [(student.name, student.model, student.directory / file) for student in students]
     return models
 
 

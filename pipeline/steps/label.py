@@ -133,6 +133,7 @@ def requested_label_set(
         plan.spec,
         {
             "teacher": str(project.config.teacher.model),
+            **({} if teacher.adapter is None else {"adapter": teacher.adapter}),
             "tokenizer": teacher.tokenizer,
             "chat_template": teacher.chat_template or "none",
             "project": project.config.name,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.cluster import Cluster, unwrapped
-from pipeline.progress import Bars
 from pipeline.project import Project
 from pipeline.steps.partitions import Partition, PartitionQueue
 from pipeline.steps.plan import Plan
@@ -129,6 +128,7 @@ class LabelJob:
         self._limit = self._label.bad_samples_allowed(len(plan.requests()))
         self._job = TeacherJob(
             model=teacher.model.directory,
+            adapter=teacher.adapter,
             backend=self._backend,
             spec=plan.spec,
             max_model_len=min(plan.max_model_len, teacher.context),
@@ -155,7 +155,7 @@ class LabelJob:
         self._num_misses, self._started = len(misses), time.monotonic()
         self._queue = PartitionQueue(misses, self._label.commit_samples * PARTITION_COMMITS)
         ray = self._cluster.ray  # connected before, it would take the signal from us
-        with Bars(self._project.console) as self._bars, stop_on_sigterm() as stop:
+        with self._project.bars() as self._bars, stop_on_sigterm() as stop:
             try:
                 self._work(stop)
             finally:

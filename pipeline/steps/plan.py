@@ -1,5 +1,6 @@
 """Which labels does this project need, which exist, and what will the rest cost?"""
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ BYTES_PER_STORED_TOKEN = 2.5
 PROMPTS_VERSION = 2
 """Part of every plan's key; raised when the same rows give other samples. 2: in score mode all
 turns of the assistant are labelled, not the last one only."""
+PLANS_DIRECTORY = "plans"
+PLAN_FILE = "plan.json"
+"""The newest plan, for a report of a run that ended before it could write one."""
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PERCENTILES = (50, 90)
 
@@ -93,16 +97,29 @@ def make_plan(project: Project, teacher: PreparedTeacher) -> Plan:
             "vocab_size": teacher.vocab_size,
         }
     )
-    name = f"plans/{key[:12]}.json"
+    name = f"{PLANS_DIRECTORY}/{key[:12]}.json"
     known = project.read_json(name)
     if known is None or not _stored(project, known):
         known = _resolve(project, teacher, sources)
         project.write_json(name, known)
+    asked = {
+        "label_set": spec.key,
+        "teacher_directory": teacher.model.directory,
+        "context": teacher.context,
+        **known,
+    }
+    if project.read_json(PLAN_FILE) != asked:
+        project.write_json(PLAN_FILE, asked)
     objects = project.store.objects
     selections = {split: load_selection(objects, known["selections"][split]) for split in SPLITS}
     return Plan(
         spec, selections, known["selections"], tuple(known["skipped_rows"]), teacher.context
     )
+
+
+def forget_plans(project: Project) -> None:
+    """Let the prompt files be read and checked again."""
+    shutil.rmtree(project.directory / PLANS_DIRECTORY, ignore_errors=True)
 
 
 def _stored(project: Project, known: dict[str, Any]) -> bool:

@@ -39,6 +39,9 @@ class PreparedTeacher:
     """The teacher and what labels and prompts depend on."""
 
     model: PreparedModel
+    """Its fingerprint covers the adapter."""
+    adapter: str | None
+    """Directory of the LoRA adapter that it is used with."""
     vocab_size: int
     """Effective vocabulary."""
     context: int
@@ -54,6 +57,7 @@ def prepare_teacher(project: Project) -> PreparedTeacher:
 
     Raises:
         ConfigError: if the model is missing, pickled, or has no usable tokenizer.
+        TeacherError: if its adapter is no LoRA adapter of this model.
     """
     wanted = project.config.teacher.model
     directory = (
@@ -67,8 +71,15 @@ def prepare_teacher(project: Project) -> PreparedTeacher:
         raise ConfigError(
             f"{directory!r} brings its own code; read it, then set teacher.trust_remote_code: true"
         )
+    adapter = project.config.teacher.adapter
+    if adapter is not None:
+        from teacher_server.adapters import read_adapter
+
+        adapter = local_directory(adapter)
+        read_adapter(adapter, directory)
     return PreparedTeacher(
-        model=_identified(project, directory),
+        model=_identified(project, directory, adapter=adapter),
+        adapter=adapter,
         vocab_size=min(effective_vocab_size(path), config.get("vocab_size", 2**31)),
         context=int(config.get("max_position_embeddings", 2**31 - 1)),
         tokenizer=tokenizer_digest(path, project.memo),
@@ -138,12 +149,13 @@ def _making(project: Project, output: Path, what: str) -> Iterator[None]:
         yield
 
 
-def _identified(project: Project, directory: str) -> PreparedModel:
+def _identified(project: Project, directory: str, *, adapter: str | None = None) -> PreparedModel:
     return PreparedModel(
         directory,
         fingerprint_model(
             Path(directory),
             project.memo,
             trust_remote_code=project.config.teacher.trust_remote_code,
+            adapter=None if adapter is None else Path(adapter),
         ),
     )

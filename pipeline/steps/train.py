@@ -7,12 +7,11 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import Cluster, unwrapped
-from pipeline.progress import Bars
 from pipeline.project import Project, teacher_forward_tokens
 from pipeline.steps.plan import Plan
 from pipeline.steps.prepare import PreparedModel, PreparedTeacher
@@ -27,6 +26,7 @@ from student_train.config import (
     TrainConfig,
     TrainJob,
 )
+from student_train.label_sources import resolve_labels
 
 RESULT_FILE = "student.json"
 RAY_TRAIN_RESOURCES = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
@@ -56,7 +56,7 @@ class TrainedStudent:
     untrained: PreparedModel
     result: dict[str, Any]
     """Content of ``student.json``."""
-    was_published: bool
+    was_published: bool = True
     """Whether it was there before this run."""
 
     @property
@@ -80,17 +80,14 @@ def train_students(
     one goes on from its last checkpoint.
     """
     places = {request.name: _place(project, request, plan) for request in requests}
-    published = {
-        request.name for request in requests if (places[request.name][1] / RESULT_FILE).is_file()
-    }
-    missing = [request for request in requests if request.name not in published]
+    missing = unpublished(project, requests, plan)
+    names = [request.name for request in missing]
     if missing:
         jobs = [
             _job(project, request, plan, teacher, places[request.name][1], cluster)
             for request in missing
         ]
         before = teacher_forward_tokens(project.events())
-        names = [request.name for request in missing]
         with project.timed("train", students=names) as cost:
             with _progress_bars(project, dict(zip(names, jobs, strict=True))):
                 _fit(project, jobs, cluster)
@@ -99,17 +96,35 @@ def train_students(
                 _publish(project, request, *places[request.name], plan, cost) for request in missing
             ]
             cost["trained_tokens"] = sum(result["trained_tokens"] for result in results)
-    return [
-        TrainedStudent(
-            name=request.name,
-            key=places[request.name][0],
-            directory=places[request.name][1],
-            untrained=request.untrained,
-            result=json.loads((places[request.name][1] / RESULT_FILE).read_text()),
-            was_published=request.name in published,
-        )
-        for request in requests
-    ]
+    students = published_students(project, requests, plan)
+    return [replace(student, was_published=student.name not in names) for student in students]
+
+
+def published_students(
+    project: Project, requests: Sequence[StudentRequest], plan: Plan
+) -> list[TrainedStudent]:
+    """Students that are there, in the given order."""
+    students = []
+    for request in requests:
+        key, directory = _place(project, request, plan)
+        result = json.loads((directory / RESULT_FILE).read_text())
+        students.append(TrainedStudent(request.name, key, directory, request.untrained, result))
+    return students
+
+
+def unpublished(
+    project: Project, requests: Sequence[StudentRequest], plan: Plan
+) -> list[StudentRequest]:
+    """The students that are not there yet."""
+    return [r for r in requests if not (_place(project, r, plan)[1] / RESULT_FILE).is_file()]
+
+
+def remove_students(project: Project, requests: Sequence[StudentRequest], plan: Plan) -> None:
+    """Let students be trained anew; settings, labels and seed are the same, so is what comes."""
+    for request in requests:
+        _, directory = _place(project, request, plan)
+        (directory / RESULT_FILE).unlink(missing_ok=True)  # half a student is none
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _place(project: Project, request: StudentRequest, plan: Plan) -> tuple[str, Path]:
@@ -120,9 +135,7 @@ def _place(project: Project, request: StudentRequest, plan: Plan) -> tuple[str, 
     """
     key = key_of(
         {
-            "train": request.train.model_dump(
-                mode="json", exclude={"checkpoint_every_steps", "model"}
-            ),
+            "train": request.train.deciding(),
             "untrained": request.untrained.fingerprint,
             "label_set": plan.spec.key,
             "selection": plan.selection_keys["train"],
@@ -145,6 +158,7 @@ def _publish(
         "name": request.name,
         "key": key,
         "train": request.train.model_dump(mode="json"),
+        "untrained": request.untrained.key,
         "label_set": plan.spec.key,
         "selection": plan.selection_keys["train"],
         "steps": len(metrics),
@@ -184,12 +198,15 @@ def _job(
         **(project.read_json("provenance.json") or {}),
     }
     card.pop("host", None)
+    own = LabelSource(
+        store=project.store_uri,
+        label_set=plan.spec.key,
+        selection=plan.selection_keys["train"],
+    )
+    labels, *mixture = resolve_labels(own, train.data)
     job = TrainJob(
-        labels=LabelSource(
-            store=project.store_uri,
-            label_set=plan.spec.key,
-            selection=plan.selection_keys["train"],
-        ),
+        labels=labels,
+        mixture=tuple(mixture),
         model=untrained.directory,
         tokenizer=teacher.model.directory,
         train=train,
@@ -271,7 +288,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 def _progress_bars(project: Project, jobs: dict[str, TrainJob]) -> Iterator[None]:
     """Show every training from the lines that it writes, until the block ends."""
     finished = threading.Event()
-    with Bars(project.console) as bars, project.console.status("starting the trainer") as status:
+    with project.bars() as bars, project.console.status("starting the trainer") as status:
 
         def show() -> None:
             for name, job in jobs.items():

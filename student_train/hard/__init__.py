@@ -7,6 +7,6 @@ values are import strings, so listing the names does not import torch.
 """
 
 HARD_TERMS = {
-    "cross_entropy": "student_train.hard.cross_entropy:cross_entropy",
-    "risk_guided": "student_train.hard.risk_guided:risk_guided",
+    "cross_entropy": "student_train.hard.cross_entropy:CrossEntropy",
+    "risk_guided": "student_train.hard.risk_guided:RiskGuided",
 }

@@ -16,10 +16,6 @@ class HardTermOptions(Config):
 
     type: str
 
-    needs_student: ClassVar[bool] = False
-    """Whether the term needs the student's log-probs before the loss, which costs one more
-    product of hidden states and output embedding."""
-
     metrics: ClassVar[tuple[str, ...]] = ()
     """Names of what the term reports for every step."""
 
@@ -34,7 +30,6 @@ class RiskGuidedConfig(HardTermOptions):
     """Cross-entropy that also looks one token ahead (Bridge-Garden, the best variant there)."""
 
     type: Literal["risk_guided"] = "risk_guided"
-    needs_student: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("risk",)
     alpha: float = Field(default=0.05, gt=0)
     """Strength of the chi-square term. 0.05 is the authors' release; their paper names 0.1."""

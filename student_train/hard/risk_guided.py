@@ -27,22 +27,14 @@ holds their absolute scale.
 import torch
 from torch import Tensor
 
-from student_train.hard.base import HardTerm
+from student_train.hard.base import HardRest
 from student_train.hard.config import RiskGuidedConfig
 from student_train.losses.base import TeacherRows
 from student_train.losses.linear_head import LinearHead
 
 
-def risk_guided(
-    hidden_MH: Tensor,
-    head: LinearHead,
-    rows: TeacherRows,
-    config: RiskGuidedConfig,
-    *,
-    weight_M: Tensor,
-    student_logprob_M: Tensor | None,
-) -> HardTerm:
-    """The risk-guided term in float32 (float64 for float64 inputs).
+class RiskGuided:
+    """The risk-guided term of a micro-batch in float32 (float64 for float64 inputs).
 
     The metric ``risk`` is alpha/4 times the squared difference, unweighted.
 
@@ -51,37 +43,53 @@ def risk_guided(
     ours: rows of all documents share one normaliser, for which the mean over documents of the
     last term is weighted by their lengths, and a loss that is not finite is an error.
     """
-    assert rows.document_M is not None
-    assert student_logprob_M is not None
-    if len(rows) == 0:
-        return HardTerm(weight_M, metrics={"risk": weight_M})
-    logit_M = label_logits(hidden_MH, head, rows.hard_M)
-    score_M = logit_M.detach()
-    value_M = score_M - student_logprob_M.to(score_M)  # V: log-sum-exp of the logits
-    has_next_M, age_M, length_M = _places(rows.document_M)
-    next_value_M = torch.where(has_next_M, value_M.roll(-1), 0.0)
-    gap_M = score_M - config.gamma * next_value_M
 
-    weight_M = weight_M.to(score_M)
-    discounted_M = weight_M * config.gamma ** age_M.to(score_M)
-    risk_M = config.alpha / 4 * gap_M**2
-    # of the last row of a document; what it weighs at every other row is 0
-    last_M = (
-        weight_M
-        * length_M
-        * (config.gamma ** length_M.to(score_M) * config.alpha * (1 - config.gamma) / 4)
-    ).masked_fill(has_next_M, 0.0)
+    def __init__(
+        self, hidden_MH: Tensor, head: LinearHead, rows: TeacherRows, config: RiskGuidedConfig
+    ) -> None:
+        assert rows.document_M is not None
+        self._config = config
+        self._logit_M = label_logits(hidden_MH, head, rows.hard_M)
+        self._score_M = score_M = self._logit_M.detach()
+        self._has_next_M, self._age_M, length_M = _places(rows.document_M)
+        self._discount_M = config.gamma ** self._age_M.to(score_M)
+        size = config.alpha * (1 - config.gamma) / 4
+        last_M = length_M * config.gamma ** length_M.to(score_M) * size
+        # of the last row of a document; what it weighs at every other row is 0
+        self._last_M = last_M.masked_fill(self._has_next_M, 0.0)
+        self._discounted_M, self._to_value_M = torch.zeros_like(score_M), torch.zeros_like(score_M)
 
-    to_value_M = discounted_M + 2 * last_M * value_M
-    from_previous_M = (discounted_M * gap_M).roll(1) * (config.alpha / 2 * config.gamma)
-    to_value_M = to_value_M - torch.where(age_M > 0, from_previous_M, 0.0)
-    to_logit_M = discounted_M * (1 - config.alpha / 2 * gap_M)
+    def cross_entropy_weight(
+        self, place: slice, weight_N: Tensor, student_logprob_N: Tensor
+    ) -> Tensor:
+        """A, the derivative with respect to V; it needs nothing of later rows."""
+        score_M, gamma = self._score_M, self._config.gamma
+        weight_N = weight_N.to(score_M)
+        value_N = score_M[place] - student_logprob_N.to(score_M)  # V: log-sum-exp of the logits
+        self._discounted_M[place] = discounted_N = weight_N * self._discount_M[place]
+        before_N = (torch.arange(place.start, place.stop, device=score_M.device) - 1).clamp_min(0)
+        gap_before_N = score_M[before_N] - gamma * value_N
+        from_before_N = self._discounted_M[before_N] * gap_before_N * (self._config.alpha / 2)
+        to_value_N = discounted_N + 2 * weight_N * self._last_M[place] * value_N
+        to_value_N -= torch.where(self._age_M[place] > 0, gamma * from_before_N, 0.0)
+        self._to_value_M[place] = to_value_N
+        return to_value_N
 
-    linear = ((to_value_M - to_logit_M) * logit_M).sum()
-    cross_entropy_M = value_M - score_M
-    wanted = (discounted_M * (cross_entropy_M + risk_M) + last_M * value_M**2).sum()
-    counted = (to_value_M * cross_entropy_M).sum() + linear.detach()
-    return HardTerm(to_value_M, linear + (wanted - counted), {"risk": risk_M})
+    def rest(self, weight_M: Tensor, student_logprob_M: Tensor) -> HardRest:
+        """The part of the label's logit, and what makes the value right."""
+        alpha, score_M = self._config.alpha, self._score_M
+        value_M = score_M - student_logprob_M.to(score_M)
+        next_value_M = torch.where(self._has_next_M, value_M.roll(-1), 0.0)
+        gap_M = score_M - self._config.gamma * next_value_M
+        risk_M = alpha / 4 * gap_M**2
+        discounted_M, to_value_M = self._discounted_M, self._to_value_M
+        to_logit_M = discounted_M * (1 - alpha / 2 * gap_M)
+        linear = ((to_value_M - to_logit_M) * self._logit_M).sum()
+        cross_entropy_M = value_M - score_M
+        last_M = weight_M.to(score_M) * self._last_M * value_M**2
+        wanted = (discounted_M * (cross_entropy_M + risk_M) + last_M).sum()
+        counted = (to_value_M * cross_entropy_M).sum() + linear.detach()
+        return HardRest(linear + (wanted - counted), {"risk": risk_M})
 
 
 def label_logits(hidden_MH: Tensor, head: LinearHead, hard_M: Tensor) -> Tensor:

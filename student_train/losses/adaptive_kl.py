@@ -4,6 +4,8 @@ Both share the form ``w KL(p || q) + (1 - w) KL(q || p)``. :func:`adaptive_kl` s
 two distributions differ, :func:`entropy_adaptive_kl` by which of them is surer.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ def adaptive_kl(
     student_MC: Tensor,
     *,
     head_mass: float,
+    head: Literal["reach", "within"],
     through_weights: bool,
     log_floor: float,
 ) -> tuple[Tensor, Tensor]:
@@ -24,34 +27,36 @@ def adaptive_kl(
     .. math:: w = \frac{h}{h + t}, \quad h = \sum_{c \in head} |p_c - q_c|, \quad
         t = \sum_{c \notin head} |p_c - q_c|
 
-    The *head* of a row are the likeliest tokens of the teacher: each whose likelier ones together
-    have less than ``head_mass``. Tokens of equal probability are in it together, so the order of
-    the vocabulary does not matter; the tail category never belongs to it. Where both gaps are 0
-    the weight is 1, and the value 0. Shapes and units:
+    The *head* of a row are the likeliest tokens of the teacher. With ``reach`` these are the fewest
+    that have ``head_mass`` together: each whose likelier ones have less. With ``within`` they are
+    the most that do not have more, the likeliest in any case. Tokens of equal probability are in it
+    together, so the order of the vocabulary does not matter; the tail category never belongs to it.
+    Where both gaps are 0 the weight is 1, and the value 0. Shapes and units:
     :class:`student_train.losses.base.Divergence`.
 
     Args:
         teacher_MC: Log-probs of the teacher.
         student_MC: Log-probs of the student.
         head_mass: mu of the paper.
+        head: Where the token belongs that crosses ``head_mass``.
         through_weights: Whether the gradient runs through w.
         log_floor: As in :func:`student_train.losses.reverse_kl.reverse_kl`.
 
-    Source: Wu et al., COLING 2025 (arXiv 2404.02657). TAID's copy of it applies the head mask, made
-    in sorted order, to unsorted probabilities.
+    Source: Wu et al., COLING 2025 (arXiv 2404.02657): ``reach``; the authors' code: ``within``.
+    TAID's copy applies the head mask, made in sorted order, to unsorted probabilities.
     """
     teacher, student = teacher_MC.exp(), student_MC.exp()
-    head = _head(teacher, head_mass)
+    is_head = _head(teacher, head_mass, head)
     gap = student - teacher
     distance = gap.abs()
-    in_head = torch.where(head, distance, 0.0).sum(dim=-1, keepdim=True)
+    in_head = torch.where(is_head, distance, 0.0).sum(dim=-1, keepdim=True)
     total = distance.sum(dim=-1, keepdim=True)
     weight = torch.where(total > 0, in_head / total, 1.0)
     slope = None
     if through_weights:
         # w = h / (h + t): dw = ([c in head] - w) d|p - q| / (h + t)
         away = torch.where(total > 0, student * torch.sign(gap) / total, 0.0)
-        slope = (head.to(teacher.dtype) - weight) * away
+        slope = (is_head.to(teacher.dtype) - weight) * away
     return _weighted(teacher_MC, student_MC, weight, slope, log_floor)
 
 
@@ -108,16 +113,23 @@ def _weighted(
     return value_M, gradient_MC
 
 
-def _head(teacher: Tensor, head_mass: float) -> Tensor:
-    """bool[M, C]: the teacher's likeliest tokens, up to the one that reaches ``head_mass``."""
+def _head(teacher: Tensor, head_mass: float, rule: Literal["reach", "within"]) -> Tensor:
+    """bool[M, C]: the teacher's likeliest tokens."""
     stored = teacher[:, :-1]
     ordered, order = stored.sort(dim=-1, descending=True)
-    likelier = ordered.cumsum(dim=-1) - ordered
+    up_to = ordered.cumsum(dim=-1)
+    another = torch.ones_like(ordered, dtype=torch.bool)
+    another[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     # of equal tokens each counts as if it came first
-    equal = torch.zeros_like(ordered, dtype=torch.bool)
-    equal[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    likelier = torch.where(equal, 0.0, likelier).cummax(dim=-1).values
-    chosen = (likelier < head_mass) & (ordered > 0)
+    likelier = torch.where(another, up_to - ordered, 0.0).cummax(dim=-1).values
+    if rule == "reach":
+        chosen = likelier < head_mass
+    else:
+        # ... and as if it came last
+        last = another.roll(-1, dims=-1)
+        as_likely = torch.where(last, up_to, torch.inf).flip(-1).cummin(dim=-1).values.flip(-1)
+        chosen = (as_likely <= head_mass) | (ordered == ordered[:, :1])
+    chosen = chosen & (ordered > 0)
     head = torch.zeros_like(teacher, dtype=torch.bool)
     head[:, :-1] = torch.zeros_like(chosen).scatter(-1, order, chosen)
     return head

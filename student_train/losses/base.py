@@ -136,6 +136,39 @@ class Divergence(Protocol):
         """
 
 
+class RowWeighting(Protocol):
+    """Weights of soft and hard terms, decided row by row while the loss is computed."""
+
+    def __call__(
+        self, rows: TeacherRows, place: slice, student_logprob_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weights of the soft and of the hard term, detached, [N] each.
+
+        Called once for every part of a micro-batch, from its first row to its last.
+
+        Args:
+            rows: Labels of N consecutive rows.
+            place: Where they are in the micro-batch.
+            student_logprob_N: float[N], the student's log-prob of their hard labels, temperature 1.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class FixedWeights:
+    """A :class:`RowWeighting` of weights that are known before."""
+
+    soft_M: Tensor
+    """float[M]: weight of the soft term."""
+    hard_M: Tensor
+    """float[M]: weight of the hard term."""
+
+    def __call__(
+        self, rows: TeacherRows, place: slice, student_logprob_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Their part."""
+        return self.soft_M[place], self.hard_M[place]
+
+
 @dataclass(frozen=True)
 class LossTerms:
     """What a loss returns: a sum with gradient, and detached terms to look at.

@@ -134,10 +134,12 @@ class JsdConfig(DivergenceConfig):
     """Generalised Jensen-Shannon divergence (GKD)."""
 
     type: Literal["jsd"] = "jsd"
-    beta: float = Field(default=0.5, gt=0, lt=1)
+    beta: float = Field(default=0.5, ge=0, le=1)
     """Weight of the teacher in the mixture. 0.5 is the symmetric divergence; near 0 the gradient
-    points as that of forward KL, near 1 as that of reverse KL, and vanishes like beta (1 - beta):
-    use those two for the ends themselves."""
+    points as that of forward KL, near 1 as that of reverse KL, and vanishes like beta (1 - beta).
+    0 is forward KL itself, 1 is reverse KL, as in TRL."""
+    log_floor: LogFloor = -30.0
+    """Teacher log-probs below this count as this in the reverse KL at ``beta: 1``, nats."""
 
 
 class SkewForwardKlConfig(DivergenceConfig):
@@ -168,6 +170,9 @@ class AdaptiveKlConfig(DivergenceConfig):
     type: Literal["adaptive_kl"] = "adaptive_kl"
     head_mass: float = Field(default=0.5, gt=0, le=1)
     """The head of a row are its likeliest tokens up to this mass; the rest is its tail."""
+    head: Literal["reach", "within"] = "reach"
+    """What the token is that crosses ``head_mass``: ``reach``, the last of the head (the paper),
+    or ``within``, the first of the rest (the authors' code). The likeliest token is always head."""
     through_weights: bool = False
     """Let the gradient run through the weights too. The paper's code holds them fixed."""
     log_floor: LogFloor = -30.0

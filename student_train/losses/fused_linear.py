@@ -12,6 +12,7 @@ gradient of the embedding in ``head_gradient.py``.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from student_train.errors import NonFiniteLossError
-from student_train.losses.base import NEG_INF, PADDING_ID, Divergence, TeacherRows
+from student_train.losses.base import (
+    NEG_INF,
+    PADDING_ID,
+    Divergence,
+    RowWeighting,
+    TeacherRows,
+)
 from student_train.losses.head_chunks import Block, HeadChunks
 from student_train.losses.head_gradient import BiasGradient, WeightGradient, scaled
 from student_train.losses.linear_head import LinearHead
 from student_train.losses.row_kernel import KernelOptions
-from student_train.losses.row_terms import RowWeights, StudentRows, row_terms
+from student_train.losses.row_terms import RowWeights, row_terms
 from student_train.losses.soft_term import SoftTerm, as_soft_term
 
 
@@ -42,18 +49,10 @@ class FusedTerms:
     """int64[M]: the student's likeliest token."""
     entropy_M: Tensor | None
     """float[M]: the student's entropy in nats; None unless it has a weight."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowStatistics:
-    """What the student says about the rows, without gradient."""
-
-    student_MC: Tensor
-    """float[M, C]: its log-probs of the k+1 categories at temperature 1; -inf where unused."""
-    hard_logprob_M: Tensor
-    """float[M]: its log-prob of the hard label."""
-    entropy_M: Tensor
-    """float[M]: its entropy, nats."""
+    soft_weight_M: Tensor
+    """float[M]: weight that the divergence got."""
+    hard_weight_M: Tensor
+    """float[M]: weight that the cross-entropy got."""
 
 
 def fused_linear_loss(
@@ -62,8 +61,7 @@ def fused_linear_loss(
     rows: TeacherRows,
     *,
     divergence: Divergence | None,
-    soft_weight_M: Tensor,
-    hard_weight_M: Tensor,
+    weights: RowWeighting,
     entropy_weight_M: Tensor | None = None,
     vocab_size: int,
 ) -> FusedTerms:
@@ -80,8 +78,8 @@ def fused_linear_loss(
         divergence: Soft term on the k+1 categories: a function of two [M, C] tensors, or a
             ``SoftTerm``, which may have a temperature; the hard term is at temperature 1. None
             for hard labels alone.
-        soft_weight_M: float[M], a; detached.
-        hard_weight_M: float[M], b; detached.
+        weights: a and b of every row: ``FixedWeights``, or a function of the student's log-prob of
+            the hard label, which is known in the pass before the gradient is written.
         entropy_weight_M: float[M], c; detached. None computes no entropy.
         vocab_size: Effective vocabulary, at most V.
 
@@ -92,51 +90,16 @@ def fused_linear_loss(
     Raises:
         NonFiniteLossError: if a row's loss is NaN or infinite, naming the rows.
     """
-    weights = RowWeights(
-        soft_weight_M.unsqueeze(-1),
-        hard_weight_M.unsqueeze(-1),
-        None if entropy_weight_M is None else entropy_weight_M.unsqueeze(-1),
-    )
     options = KernelOptions(vocab_size, head.softcap, entropy=entropy_weight_M is not None)
     soft = None if divergence is None else as_soft_term(divergence)
     if soft is not None:
         options = replace(options, temperature=soft.temperature, sampled=soft.sampled)
-    labels = _Labels(_with_an_entry(rows), soft, weights)
-    total, soft_M, hard_M, argmax_M, entropy_M = _FusedLinear.apply(  # type: ignore[no-untyped-call]
-        *_scaled(hidden_MH, head), labels, options
+    labels = _Labels(_with_an_entry(rows), soft, weights, entropy_weight_M)
+    terms = FusedTerms(
+        *_FusedLinear.apply(*_scaled(hidden_MH, head), labels, options)  # type: ignore[no-untyped-call]
     )
-    _check_finite(soft=soft_M, hard=hard_M, entropy=entropy_M)
-    return FusedTerms(total, soft_M, hard_M, argmax_M, entropy_M)
-
-
-@torch.no_grad()
-def row_statistics(
-    hidden_MH: Tensor, head: LinearHead, rows: TeacherRows, *, vocab_size: int
-) -> RowStatistics:
-    """The student's log-probs of the categories and of the hard label, and its entropy.
-
-    Chunked like :func:`fused_linear_loss`, at temperature 1; arguments as there.
-
-    Raises:
-        NonFiniteLossError: if a hard label's log-prob or an entropy is NaN or infinite, naming
-            the rows.
-    """
-    work = HeadChunks(
-        *_scaled(hidden_MH, head), KernelOptions(vocab_size, head.softcap, entropy=True)
-    )
-    num_stored = rows.topk_ids_MK.shape[1]
-    student_MC = work.new_empty(len(rows), num_stored + 1)
-    hard_M, entropy_M = work.new_empty(len(rows)), work.new_empty(len(rows))
-    for chunk in work.chunks(_with_an_entry(rows)):
-        for block in work.blocks(chunk):
-            found = work.kernel.reduce(block.logits_NV, block.rows)
-            student = StudentRows.of(found)
-            student_MC[block.place, :num_stored] = student.student_NC[:, :num_stored]
-            student_MC[block.place, num_stored] = student.student_NC[:, -1]
-            hard_M[block.place] = student.logprobs(found.hard_N1).squeeze(-1)
-            entropy_M[block.place] = -student.negative_entropy(found)[0].squeeze(-1)
-    _check_finite(hard=hard_M, entropy=entropy_M)
-    return RowStatistics(student_MC, hard_M, entropy_M)
+    _check_finite(soft=terms.soft_M, hard=terms.hard_M, entropy=terms.entropy_M)
+    return terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +108,8 @@ class _Labels:
 
     rows: TeacherRows
     soft: SoftTerm | None
-    weights: RowWeights
+    weights: RowWeighting
+    entropy_weight_M: Tensor | None
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -178,7 +142,10 @@ class _FusedLinear(torch.autograd.Function):
             None if grad_bias is None else grad_bias.sum_V,
         )
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden_MH, weight_VH, bias_V)]
-        outputs = (sweep.soft_M, sweep.hard_M, sweep.argmax_M, sweep.entropy_M)
+        outputs = (
+            *(sweep.soft_M, sweep.hard_M, sweep.argmax_M, sweep.entropy_M),
+            *(sweep.soft_weight_M, sweep.hard_weight_M),
+        )
         ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
         return sweep.total(), *outputs
 
@@ -203,8 +170,10 @@ class _Sweep:
         self.soft_M = work.new_empty(num_rows)
         self.hard_M = work.new_empty(num_rows)
         self.argmax_M = torch.empty_like(labels.rows.hard_M)
-        has_entropy = labels.weights.entropy_N1 is not None
+        has_entropy = labels.entropy_weight_M is not None
         self.entropy_M = work.new_empty(num_rows) if has_entropy else None
+        self.soft_weight_M = work.new_empty(num_rows)
+        self.hard_weight_M = work.new_empty(num_rows)
 
     def __call__(self, chunk: Block) -> None:
         soft, dtype = self._labels.soft, self._work.dtype
@@ -217,7 +186,7 @@ class _Sweep:
                 block.rows,
                 None if teacher_NC is None else teacher_NC[inside],
                 soft,
-                self._labels.weights.rows(place, dtype),
+                partial(self._weigh, block),
             )
             self.soft_M[place] = terms.soft_N
             self.hard_M[place] = terms.hard_N
@@ -227,13 +196,25 @@ class _Sweep:
             if self._with_gradient:
                 self._work.kernel.write_gradient(block.logits_NV, gradient)
 
+    def _weigh(self, block: Block, student_logprob_N1: Tensor) -> RowWeights:
+        """Ask for the weights of a block, and remember them."""
+        place, labels = block.place, self._labels
+        soft_N, hard_N = labels.weights(block.rows, place, student_logprob_N1.squeeze(-1))
+        self.soft_weight_M[place], self.hard_weight_M[place] = soft_N, hard_N
+        entropy_N1 = None
+        if labels.entropy_weight_M is not None:
+            entropy_N1 = labels.entropy_weight_M[place].to(self._work.dtype).unsqueeze(-1)
+        return RowWeights(
+            self.soft_weight_M[place].unsqueeze(-1),
+            self.hard_weight_M[place].unsqueeze(-1),
+            entropy_N1,
+        )
+
     def total(self) -> Tensor:
         """The weighted sum of all terms."""
-        weights = self._labels.weights.rows(slice(None), self._work.dtype)
-        terms_M = weights.soft_N1.squeeze(-1) * self.soft_M
-        terms_M += weights.hard_N1.squeeze(-1) * self.hard_M
-        if weights.entropy_N1 is not None and self.entropy_M is not None:
-            terms_M -= weights.entropy_N1.squeeze(-1) * self.entropy_M
+        terms_M = self.soft_weight_M * self.soft_M + self.hard_weight_M * self.hard_M
+        if self.entropy_M is not None and self._labels.entropy_weight_M is not None:
+            terms_M -= self._labels.entropy_weight_M * self.entropy_M
         return terms_M.sum()
 
 

@@ -1,5 +1,6 @@
 """Logits in chunks of rows: one buffer that every chunk's matrix product is written to."""
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -90,7 +91,11 @@ class HeadChunks:
 def _make_kernel(
     options: KernelOptions, hidden_MH: Tensor, dtype: torch.dtype, max_rows: int
 ) -> RowKernel:
-    """The room for a kernel of another device: so far all of them run that of torch."""
+    """Triton's where it can run, else that of torch."""
+    if hidden_MH.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from student_train.losses.triton_kernel import TritonRowKernel
+
+        return TritonRowKernel(options, dtype=dtype)
     return TorchRowKernel(
         options,
         max_rows=max_rows,

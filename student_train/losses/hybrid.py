@@ -1,5 +1,6 @@
 """Hybrid supervision: soft labels and hard labels, weighted token by token."""
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -7,9 +8,9 @@ from torch import Tensor
 
 from student_train.config import SupervisionConfig
 from student_train.hard import HARD_TERMS
-from student_train.hard.base import HardTermFunction
+from student_train.hard.base import HardTerm, HardTermFunction
 from student_train.losses.base import LossTerms, TeacherRows, load
-from student_train.losses.fused_linear import fused_linear_loss, row_statistics
+from student_train.losses.fused_linear import fused_linear_loss
 from student_train.losses.linear_head import LinearHead
 from student_train.losses.soft_term import make_divergence
 from student_train.schedules import StepState
@@ -50,44 +51,65 @@ def hybrid_loss(
         the authors' release: all terms share one normaliser, and the hard label is chosen by
         ``config.hard``.
     """
-    student_logprob_M = None
-    if config.weight.needs_student or config.hard_term.needs_student:
-        found = row_statistics(hidden_MH, head, rows, vocab_size=vocab_size)
-        student_logprob_M = found.hard_logprob_M
-    policy = cast(WeightPolicy, load(WEIGHT_POLICIES[config.weight.type]))
-    context = WeightContext(vocab_size, step, _teacher_logprob(rows, config), student_logprob_M)
-    weights = policy(rows, config.weight, context)
-    hard_function = cast(HardTermFunction, load(HARD_TERMS[config.hard_term.type]))
-    hard = hard_function(
-        hidden_MH,
-        head,
-        rows,
-        config.hard_term,
-        weight_M=weights.hard_M,
-        student_logprob_M=student_logprob_M,
-    )
+    make_hard_term = cast(HardTermFunction, load(HARD_TERMS[config.hard_term.type]))
+    hard_term = make_hard_term(hidden_MH, head, rows, config.hard_term)
+    weights = _HybridWeights(rows, config, hard_term, step=step, vocab_size=vocab_size)
     eta = config.student_entropy
     terms = fused_linear_loss(
         hidden_MH,
         head,
         rows,
         divergence=make_divergence(config.soft, schedule=step.schedule),
-        soft_weight_M=weights.soft_M,
-        hard_weight_M=hard.cross_entropy_weight_M,
-        entropy_weight_M=torch.full_like(weights.soft_M, eta) if eta > 0 else None,
+        weights=weights,
+        entropy_weight_M=torch.full_like(rows.log_tail_mass_M, eta) if eta > 0 else None,
         vocab_size=vocab_size,
     )
-    metrics = {"hard_weight": weights.hard_M, **hard.metrics}
+    rest = hard_term.rest(weights.hard_M, -terms.hard_M)
+    metrics = {"hard_weight": weights.hard_M, **rest.metrics}
     if terms.entropy_M is not None:
         metrics["student_entropy"] = terms.entropy_M
     return LossTerms(
-        total=terms.total if hard.rest is None else terms.total + hard.rest,
+        total=terms.total if rest.total is None else terms.total + rest.total,
         soft_M=terms.soft_M,
         hard_M=terms.hard_M,
-        soft_weight_M=weights.soft_M,
+        soft_weight_M=terms.soft_weight_M,
         student_argmax_M=terms.student_argmax_M,
         metrics=metrics,
     )
+
+
+class _HybridWeights:
+    """What a weight policy and a hard term make of every row, as the fused pass comes to it."""
+
+    def __init__(
+        self,
+        rows: TeacherRows,
+        config: SupervisionConfig,
+        hard_term: HardTerm,
+        *,
+        step: StepState,
+        vocab_size: int,
+    ) -> None:
+        self._config = config
+        self._policy = cast(WeightPolicy, load(WEIGHT_POLICIES[config.weight.type]))
+        self._hard_term = hard_term
+        self._context = WeightContext(vocab_size, step)
+        self.hard_M = torch.empty_like(rows.log_tail_mass_M)
+        """float[M]: weight of the hard term of every row that the pass has come to."""
+
+    def __call__(
+        self, rows: TeacherRows, place: slice, student_logprob_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        context = replace(
+            self._context,
+            teacher_logprob_M=_teacher_logprob(rows, self._config),
+            student_logprob_M=student_logprob_N,
+        )
+        weights = self._policy(rows, self._config.weight, context)
+        self.hard_M[place] = weights.hard_M
+        return weights.soft_M, self._hard_term.cross_entropy_weight(
+            place, weights.hard_M, student_logprob_N
+        )
 
 
 def _teacher_logprob(rows: TeacherRows, config: SupervisionConfig) -> Tensor | None:

@@ -143,6 +143,11 @@ def _mass(logprobs: Tensor) -> Tensor:
     return torch.where(torch.isneginf(logprobs), 0.0, _safe(logprobs).exp())
 
 
+def _power(logprobs: Tensor, exponent: float) -> Tensor:
+    """A power of the probabilities; 0 of none, without the infinite slope of a power there."""
+    return torch.where(torch.isneginf(logprobs), 0.0, (exponent * _safe(logprobs)).exp())
+
+
 def _log(mass: Tensor) -> Tensor:
     return torch.where(mass > 0, mass, 1.0).log()
 
@@ -160,8 +165,10 @@ def _reverse(log_p: Tensor, log_q: Tensor, config: Any, _: Schedule) -> Tensor:
     return (_mass(log_q) * (_safe(log_q) - log_p.clamp_min(config.log_floor))).sum(dim=-1)
 
 
-def _jsd(log_p: Tensor, log_q: Tensor, config: Any, _: Schedule) -> Tensor:
+def _jsd(log_p: Tensor, log_q: Tensor, config: Any, schedule: Schedule) -> Tensor:
     beta: float = config.beta
+    if beta in (0, 1):
+        return _reverse(log_p, log_q, config, schedule) if beta else _forward(log_p, log_q)
     p, q = _mass(log_p), _mass(log_q)
     mixture = beta * p + (1 - beta) * q
     return beta * _kl(p, mixture) + (1 - beta) * _kl(q, mixture)
@@ -188,8 +195,13 @@ def _adaptive(log_p: Tensor, log_q: Tensor, config: Any, schedule: Schedule) -> 
     for row in range(len(p)):
         # the last outcome is the tail
         for outcome in range(p.shape[1] - 1):
-            likelier = p[row, :-1][p[row, :-1] > p[row, outcome]].sum()
-            head[row, outcome] = bool(likelier < config.head_mass) and bool(p[row, outcome] > 0)
+            stored = p[row, :-1]
+            if config.head == "reach":
+                chosen = stored[stored > p[row, outcome]].sum() < config.head_mass
+            else:
+                chosen = stored[stored >= p[row, outcome]].sum() <= config.head_mass
+                chosen |= p[row, outcome] == stored.max()
+            head[row, outcome] = bool(chosen) and bool(p[row, outcome] > 0)
     total = distance.sum(dim=-1)
     weight = torch.where(total > 0, (distance * head).sum(dim=-1), 1.0) / torch.where(
         total > 0, total, 1.0
@@ -215,17 +227,18 @@ def _alpha_beta(log_p: Tensor, log_q: Tensor, config: Any, _: Schedule) -> Tenso
     p_floor = config.log_floor if a <= 0 or a + b <= 0 else NEG_INF
     q_floor = config.log_floor if b < 0 or a + b <= 0 else NEG_INF
     log_p, log_q = log_p.clamp_min(p_floor), log_q.clamp_min(q_floor)
-    p, q = log_p.exp(), log_q.exp()
+    p_a, q_b = _power(log_p, a), _power(log_q, b)
     if a == 0 and b == 0:
         terms = (log_q - log_p) ** 2 / 2
     elif a == 0:
-        terms = (q**b * (b * (_safe(log_q) - log_p)) - q**b + p**b) / b**2
+        terms = (q_b * (b * (_safe(log_q) - log_p)) - q_b + _power(log_p, b)) / b**2
     elif b == 0:
-        terms = (p**a * (a * (_safe(log_p) - log_q)) - p**a + q**a) / a**2
+        terms = (p_a * (a * (_safe(log_p) - log_q)) - p_a + _power(log_q, a)) / a**2
     elif a + b == 0:
-        terms = (a * (log_q - log_p) + (p / q) ** a - 1) / a**2
+        terms = (a * (log_q - log_p) + (a * (log_p - log_q)).exp() - 1) / a**2
     else:
-        terms = -(p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)) / (a * b)
+        p_ab, q_ab = _power(log_p, a + b), _power(log_q, a + b)
+        terms = -(p_a * q_b - a / (a + b) * p_ab - b / (a + b) * q_ab) / (a * b)
     return torch.where(absent, 0.0, terms).sum(dim=-1)
 
 

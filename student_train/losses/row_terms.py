@@ -10,6 +10,7 @@ as in ``docs/losses.md``: z logits, q = softmax(z), s the student's tail mass, g
 respect to the categories' log-probs, G its sum, T the temperature of the soft term.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +71,6 @@ class RowWeights:
     hard_N1: Tensor
     entropy_N1: Tensor | None
     """On sum q log q, the negative entropy of the student."""
-
-    def rows(self, place: slice, dtype: torch.dtype) -> "RowWeights":
-        """Some of the rows, in a dtype."""
-        entropy = None if self.entropy_N1 is None else self.entropy_N1[place].to(dtype)
-        return RowWeights(self.soft_N1[place].to(dtype), self.hard_N1[place].to(dtype), entropy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +139,7 @@ def row_terms(
     rows: TeacherRows,
     teacher_NC: Tensor | None,
     soft: SoftTerm | None,
-    weights: RowWeights,
+    weigh: Callable[[Tensor], RowWeights],
 ) -> tuple[RowTerms, RowGradient]:
     """Terms of every row, and the gradient of their weighted sum.
 
@@ -152,10 +148,11 @@ def row_terms(
         rows: Teacher labels of the same rows.
         teacher_NC: Categories of the teacher, as ``soft`` wants them.
         soft: Soft term; None for hard labels alone, then the soft terms are 0.
-        weights: Weights of the terms.
+        weigh: Weights of the terms, given the student's log-probs of the hard labels, float[N, 1].
     """
     student = StudentRows.of(found)
     hard_N1 = -student.logprobs(found.hard_N1)
+    weights = weigh(-hard_N1)
     unused_NK = rows.topk_ids_MK == PADDING_ID
     q_NC = student.student_NC.exp()
     # cross-entropy: q everywhere, minus one at the hard label

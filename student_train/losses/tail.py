@@ -38,7 +38,7 @@ def emptied(divergence: Divergence) -> Divergence:
 def without_tail(logprobs_MC: Tensor) -> Tensor:
     """Log-probs of the stored tokens given that it is one of them; the tail gets -inf."""
     stored_MK = logprobs_MC[:, :-1]
-    total_M1 = stored_MK.logsumexp(dim=-1, keepdim=True)
+    top_M1 = stored_MK.amax(dim=-1, keepdim=True)
     # nothing is stored, or nothing of it has mass: leave it so
-    shifted_MK = torch.where(torch.isneginf(total_M1), stored_MK, stored_MK - total_M1)
-    return torch.cat([shifted_MK, torch.full_like(total_M1, NEG_INF)], dim=-1)
+    kept_MK = torch.where(torch.isneginf(top_M1), stored_MK, stored_MK.log_softmax(dim=-1))
+    return torch.cat([kept_MK, torch.full_like(top_M1, NEG_INF)], dim=-1)

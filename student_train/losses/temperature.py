@@ -17,9 +17,11 @@ from student_train.errors import PreflightError
 from student_train.losses.base import TeacherRows
 from student_train.losses.config import stored_power
 
-INTERPOLATION_ERROR: Final = 0.01
+INTERPOLATION_ERROR: Final = 0.1
 """Largest error of a category's probability between two stored exponents, for temperatures from 1
-to 4 and at least 16 stored tokens; at stored exponents only the rounding of labels is left."""
+to 4, whatever the teacher and however few tokens a row stores. A search for the worst tail found
+0.08: some likely tokens and 150 000 of 1e-13. Smooth tails stay within 0.01, those of real labels
+within 0.001. At stored exponents only the rounding of labels is left."""
 
 LARGEST_TAIL: Final = math.log(MAX_VOCAB_SIZE)
 """Log of how many tokens a tail can have."""
@@ -101,14 +103,18 @@ def _tail_knot(rows: TeacherRows, categories_MC: Tensor, alpha: float) -> tuple[
 def _tail_sum(categories_MC: Tensor, alpha: float, sum_M: Tensor) -> Tensor:
     """Log of the sum of ``p ** alpha`` over the tail, given that over everything, float64[M].
 
-    A difference, and stored log-probs are rounded. A tail token has p <= m, the least stored
-    probability or the whole tail, so p ** alpha = p * p ** (alpha - 1) is at least
-    p * m ** (alpha - 1) for alpha below 1, and at most that above.
+    A difference, and stored log-probs are rounded; two bounds hold for every tail. A tail token
+    has p <= m, the least stored probability or the whole tail, so p ** alpha = p * p ** (alpha - 1)
+    is at least p * m ** (alpha - 1) for alpha below 1, and at most that above. And at a given mass
+    the sum is furthest from it, above or below, where LARGEST_TAIL tokens share it evenly.
     """
     head_M = (alpha * categories_MC[:, :-1]).logsumexp(dim=-1)
     rest_M = sum_M + _log1mexp((head_M - sum_M).clamp_max(0.0))
-    bound_M = categories_MC[:, -1] + (alpha - 1) * _likeliest(categories_MC)
-    return torch.maximum(rest_M, bound_M) if alpha < 1 else torch.minimum(rest_M, bound_M)
+    log_tail_M = categories_MC[:, -1]
+    steep_M = log_tail_M + (alpha - 1) * _likeliest(categories_MC)
+    even_M = alpha * log_tail_M + (1 - alpha) * LARGEST_TAIL
+    lowest_M, highest_M = (steep_M, even_M) if alpha < 1 else (even_M, steep_M)
+    return torch.minimum(torch.maximum(rest_M, lowest_M), highest_M)
 
 
 def _likeliest(categories_MC: Tensor) -> Tensor:

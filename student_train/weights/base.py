@@ -36,11 +36,14 @@ class WeightContext:
     teacher_logprob_M: Tensor | None = None
     """float[M]: teacher's log-prob of the hard label; None where it is not stored."""
     student_logprob_M: Tensor | None = None
-    """float[M]: student's, detached; given to policies whose config says ``needs_student``."""
+    """float[M]: student's, detached; the fused pass knows it before it needs the weights."""
 
 
 class WeightPolicy(Protocol):
-    """A function of labels and context to weights."""
+    """A function of labels and context to weights, row by row.
+
+    It is called in the fused pass, for some rows of a micro-batch at a time.
+    """
 
     def __call__(
         self, rows: TeacherRows, config: WeightPolicyConfig, context: WeightContext

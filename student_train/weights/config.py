@@ -3,7 +3,7 @@
 Formulas and sources are in ``docs/weights.md``.
 """
 
-from typing import Annotated, ClassVar, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,10 +25,6 @@ class WeightPolicyConfig(Config):
     """What every weight policy says about itself."""
 
     type: str
-
-    needs_student: ClassVar[bool] = False
-    """Whether the weight depends on the student's probability of the hard label, which costs one
-    more product of hidden states and output embedding."""
 
     @property
     def needs_hard_label_probability(self) -> bool:
@@ -129,7 +125,6 @@ class WslWeightConfig(WeightPolicyConfig):
     """
 
     type: Literal["wsl"] = "wsl"
-    needs_student: ClassVar[bool] = True
     soft_weight: Share = 0.2
     """Largest soft weight."""
     reverse: bool = False

@@ -8,8 +8,10 @@ from storage.config import Config
 from storage.keys import LabelSetSpec
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
+from teacher_server.adapters import Adapter, read_adapter
 from teacher_server.backends import BACKENDS
 from teacher_server.config import BackendConfig
+from teacher_server.errors import TeacherError
 
 
 class TeacherJob(Config):
@@ -17,10 +19,26 @@ class TeacherJob(Config):
 
     model: str
     """Directory of the teacher."""
+    adapter: str | None = None
+    """Directory of the LoRA adapter that it is used with."""
     backend: BackendConfig
     spec: LabelSetSpec
     max_model_len: int
     """Prompt plus response of the longest request, tokens."""
+
+    def lora(self) -> Adapter | None:
+        """The adapter, None where the labels are those of the plain model.
+
+        Raises:
+            TeacherError: if it does not fit the model, or labels and job do not agree on it.
+        """
+        wanted = len(self.spec.generation.teacher.adapters)
+        if wanted != (self.adapter is not None):
+            raise TeacherError(
+                f"the labels are those of a teacher with {wanted} adapters, and {self.adapter!r} "
+                "was given as its adapter; give the directory of the one that made the labels"
+            )
+        return None if self.adapter is None else read_adapter(self.adapter, self.model)
 
 
 class TeacherBackend(Protocol):

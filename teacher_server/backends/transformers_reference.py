@@ -19,6 +19,7 @@ from storage.fingerprint import TOKENIZER_FILES
 from storage.keys import SamplingSpec, TeacherFingerprint, sampling_seed
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
+from teacher_server.adapters import Adapter
 from teacher_server.backends.base import TeacherJob
 from teacher_server.dense_rows import CHUNK_ROWS, RowLabels, joined, label_rows
 from teacher_server.errors import TeacherError
@@ -29,13 +30,14 @@ class TransformersBackend:
     """Labels through a plain transformers forward pass on CPU or GPU.
 
     Raises:
-        TeacherError: for adapters and on-the-fly quantisation, for stop strings without a
-            tokenizer, and for a model that does not use its output layer.
+        TeacherError: for on-the-fly quantisation, for an adapter that does not fit, for stop
+            strings without a tokenizer, and for a model that does not use its output layer.
     """
 
     def __init__(self, job: TeacherJob) -> None:
         generation = job.spec.generation
         _require_plain_weights(generation.teacher)
+        adapter = job.lora()
         torch.set_num_threads(job.backend.threads)
         self.forward_tokens = 0
         self._job = job
@@ -48,6 +50,8 @@ class TransformersBackend:
             use_safetensors=True,
             trust_remote_code=generation.teacher.trust_remote_code,
         ).to(self._device)
+        if adapter is not None:
+            self._model = _with_adapter(self._model, adapter)
         self._model.eval()
         head_dtype = getattr(torch, generation.head_dtype)
         self._head = OutputLayer(self._model.get_output_embeddings(), head_dtype)
@@ -254,14 +258,34 @@ class OutputLayer(torch.nn.Module):
 
 
 def _require_plain_weights(teacher: TeacherFingerprint) -> None:
-    found = "LoRA adapters" if teacher.adapters else None
     if teacher.quantization is not None:
-        found = f"{teacher.quantization} quantisation"
-    if found:
         raise TeacherError(
-            f"the transformers backend loads weights as they are stored and knows no {found}; use "
-            "the vllm backend"
+            "the transformers backend loads weights as they are stored and knows no "
+            f"{teacher.quantization} quantisation; use the vllm backend"
         )
+
+
+def _with_adapter(model: Any, adapter: Adapter) -> Any:
+    """The model with an adapter in its linear layers, in the model's dtype as in vLLM.
+
+    Raises:
+        TeacherError: if peft does not find all layers that the adapter changes.
+    """
+    from peft import PeftModel
+
+    adapted: Any = PeftModel.from_pretrained(
+        model, adapter.directory, autocast_adapter_dtype=False, local_files_only=True
+    )
+    found = [p for name, p in adapted.named_parameters() if ".lora_" in name]
+    if len(found) != 2 * len(adapter.modules):
+        raise TeacherError(
+            f"of {len(adapter.modules)} layers that the adapter {adapter.directory!r} changes, "
+            f"{type(model).__name__} has {len(found) // 2}; use the vllm backend, or merge the "
+            "adapter into the model"
+        )
+    for parameter in found:
+        parameter.data = parameter.data.to(device=model.device, dtype=model.dtype)
+    return adapted.get_base_model()
 
 
 def _load_tokenizer(job: TeacherJob) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 from storage.keys import SamplingSpec, sampling_seed
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
+from teacher_server.adapters import Adapter
 from teacher_server.backends import vllm_capture, vllm_self_test
 from teacher_server.backends.base import TeacherJob
 from teacher_server.backends.vllm_rows import RowLayout, captured_layout
@@ -52,7 +53,11 @@ def vllm_environment(backend: VllmBackendConfig) -> dict[str, str]:
     }
 
 
-def _require_possible(job: TeacherJob) -> None:
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Largest ranks that vLLM can be told to make room for."""
+
+
+def _require_possible(job: TeacherJob, adapter: Adapter | None) -> None:
     """Refuse what vLLM would refuse for every sample, before an engine is started."""
     sampling = job.spec.generation.sampling
     if sampling is not None and sampling.temperature > HIGHEST_TEMPERATURE:
@@ -60,8 +65,11 @@ def _require_possible(job: TeacherJob) -> None:
             f"label.sampling.temperature is {sampling.temperature}, vLLM takes at most "
             f"{HIGHEST_TEMPERATURE}; lower it or use the transformers backend"
         )
-    if job.spec.generation.teacher.adapters:
-        raise TeacherError("the vllm backend runs no LoRA adapters; merge them into the model")
+    if adapter is not None and adapter.rank > LORA_RANKS[-1]:
+        raise TeacherError(
+            f"adapter {adapter.directory!r} has rank {adapter.rank}, vLLM takes at most "
+            f"{LORA_RANKS[-1]}; merge it into the model or use the transformers backend"
+        )
 
 
 class VllmBackend:
@@ -78,10 +86,12 @@ class VllmBackend:
 
     def __init__(self, job: TeacherJob) -> None:
         assert isinstance(job.backend, VllmBackendConfig)
-        _require_possible(job)
+        self._adapter = job.lora()
+        _require_possible(job, self._adapter)
         os.environ.update(vllm_environment(job.backend))
         import vllm
         import vllm.inputs
+        import vllm.lora.request
         import vllm.platforms
         import vllm.sampling_params
 
@@ -100,6 +110,7 @@ class VllmBackend:
         # without the hook ids of the padding may be among the likeliest, and are left out here
         self._layout = RowLayout(job.spec.kind.width + len(padded))
         self._facts = {"capture": "public"}
+        self._lora = None if self._adapter is None else self._load(self._adapter)
         self._start_capture()
 
     def _engine_options(self, backend: VllmBackendConfig) -> dict[str, Any]:
@@ -125,6 +136,12 @@ class VllmBackend:
             options["quantization"] = generation.teacher.quantization
         if generation.head_dtype != generation.compute_dtype:
             options["hf_overrides"] = {"head_dtype": generation.head_dtype}
+        if self._adapter is not None:
+            options["enable_lora"] = True
+            options["max_lora_rank"] = min(r for r in LORA_RANKS if r >= self._adapter.rank)
+            # the output layer must stay as it is: with room for adapters it takes as many rows as
+            # tokens are sampled, and ours of a prompt are others
+            options["lora_target_modules"] = self._adapter.module_names
         if self._on_cpu:
             # a prompt in pieces kills vLLM on CPU when its request has a seed
             options["enable_chunked_prefill"] = False
@@ -133,6 +150,22 @@ class VllmBackend:
         else:
             options["gpu_memory_utilization"] = backend.gpu_memory_utilization
         return options
+
+    def _load(self, adapter: Adapter) -> Any:
+        """The adapter in the engine, as every request names it.
+
+        Raises:
+            TeacherError: if vLLM does not take it for this model.
+        """
+        lora = self._vllm.lora.request.LoRARequest("adapter", 1, adapter.directory)
+        try:
+            self._llm.llm_engine.add_lora(lora)
+        except vllm_capture.HOOK_ERRORS as error:
+            raise TeacherError(
+                f"vLLM does not take the adapter {adapter.directory!r}: {error}; merge it into the "
+                "model or use the transformers backend"
+            ) from error
+        return lora
 
     def describe(self) -> dict[str, str]:
         """Engine, version and device; how the labels are captured and how rows are collected."""
@@ -164,7 +197,7 @@ class VllmBackend:
                         exhausted = True
                     else:
                         pending[request.key] = request
-                        engine.add_request(*self._engine_request(request))
+                        self._add(*self._engine_request(request))
                 if not pending:
                     break
                 for output in engine.step():
@@ -173,6 +206,10 @@ class VllmBackend:
         finally:
             if pending:  # the caller gave up, or the engine did
                 engine.abort_request(list(pending))
+
+    def _add(self, request_id: str, prompt: Any, params: Any) -> None:
+        engine = self._llm.llm_engine
+        engine.add_request(request_id, prompt, params, lora_request=self._lora)
 
     def _engine_request(self, request: SampleRequest, *, with_flat: bool = False) -> Any:
         """Id, prompt and parameters.
@@ -349,7 +386,7 @@ class VllmBackend:
     def _finish(self, request_id: str, prompt: Any, params: Any) -> Any:
         """Run one request alone."""
         engine = self._llm.llm_engine
-        engine.add_request(request_id, prompt, params)
+        self._add(request_id, prompt, params)
         self.forward_tokens += len(prompt["prompt_token_ids"]) + 1
         try:
             while True:

@@ -101,7 +101,8 @@ def test_the_report_is_one_self_contained_page(demo) -> None:
             found.extend(v or "" for k, v in attributes if k in ("src", "href"))
 
     Links().feed(page)
-    assert all(link.startswith("#") for link in found)
+    # the viewer that `distill view` serves on this machine is all that it leads to
+    assert all(link.startswith(("#", "http://127.0.0.1:")) for link in found)
     assert "hybrid" in page
 
 

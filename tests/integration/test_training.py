@@ -158,6 +158,27 @@ def test_a_student_learns_the_labels_and_its_export_loads_and_answers(uninterrup
     assert "label cache" in (directory / "README.md").read_text()
 
 
+def test_padding_changes_nothing_about_the_loss(
+    tmp_path: Path,
+    labels: LabelSource,
+    tiny_student: Path,
+    tiny_teacher: Path,
+    uninterrupted: Path,
+) -> None:
+    """The same samples in every step, one after the other in a row or each in a row of its own."""
+    batch = BatchConfig(tokens=60, micro_tokens=40, packing="padded")
+    job = write_job(tmp_path / "out", labels, tiny_student, tiny_teacher, batch=batch)
+    found, expected = train(job), read_metrics(uninterrupted)
+    assert [m["tokens"] for m in found] == [m["tokens"] for m in expected]
+    np.testing.assert_allclose(losses(found), losses(expected), rtol=FP32_LOSS)
+
+
+def test_the_share_of_waiting_for_data_is_in_the_metrics(uninterrupted: Path) -> None:
+    for line in read_metrics(uninterrupted):
+        assert line["data_wait_share"] == pytest.approx(line["data_wait_s"] / line["seconds"])
+        assert 0 <= line["data_wait_share"] <= 1
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_two_ranks_give_the_loss_of_one(
     stage: int,

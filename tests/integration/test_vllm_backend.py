@@ -40,6 +40,8 @@ MAX_NUM_SEQS = 8
 COLUMNS: tuple[ColumnSpec, ...] = (
     "entropy",
     "power_sum_10",
+    "power_sum_200",
+    "power_sum_400",
     "power_sums",
     StratifiedSpec(draws=4),
 )
@@ -219,6 +221,15 @@ def test_a_response_that_fills_the_context_is_scored(
     (sample,) = teacher.label([request])
     (expected,) = reference.label([request])
     assert_same_labels(sample, expected)
+
+
+def test_an_answer_that_fills_the_context_can_be_upgraded(teacher: VllmBackend) -> None:
+    prompt_P = np.arange(40, 40 + CONTEXT - 4, dtype=np.int32)
+    request = SampleRequest(sample_key(prompt_P, 0), 0, prompt_P, None, ())
+    (sample,) = generate(teacher, make_spec(max_tokens=99), [request])
+    assert (len(sample.response_ids_R), sample.finish_reason) == (4, "length")
+    (scored,) = teacher.label([answered(sample)])
+    assert_same_labels(scored, sample)
 
 
 def test_flat_log_probs_give_the_same_labels_bit_for_bit(

@@ -48,7 +48,7 @@ def test_an_entry_names_a_module_of_its_own_package(package: str, name: str) -> 
 def test_an_entry_has_a_test_file_of_its_name(package: str, name: str) -> None:
     """Commands that run models are called by name in a file that covers several of them."""
     folder = package.split(".")[0]
-    files = [*(ROOT / "tests/unit" / folder).glob("test_*.py")]
+    files = [*(ROOT / "tests/unit" / folder).rglob("test_*.py")]
     files += (ROOT / "tests/integration").glob("test_*.py")
     named = [file for file in files if re.search(rf"_{name}(_|\.)", file.name)]
     if package == "pipeline.commands":

@@ -120,7 +120,8 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_name(
         ),
         (
             "label.columns=[entrop]",
-            "label.columns.0: Input should be 'entropy', 'power_sum_10' or 'power_sums', found",
+            "label.columns.0: Input should be 'entropy', 'power_sum_10', 'power_sum_200', "
+            "'power_sum_400' or 'power_sums', found",
         ),
         ("label.kind={type: mass, mass: 3}", "label.kind.mass: Input should be less than 1"),
         ("label.kind={type: mass, k: 3}", "unknown key 'label.kind.k': another type has"),
@@ -316,3 +317,27 @@ def test_the_schema_is_json_and_covers_every_setting() -> None:
         found = described[section.__name__]
         assert set(found["properties"]) == set(section.model_fields)
         assert found["additionalProperties"] is False
+
+
+# -- sweeps ---------------------------------------------------------------------------------------
+def test_a_sweep_adds_students_to_those_that_are_named(file: Path) -> None:
+    loaded = load_config(
+        file, ["students={a: {epochs: 2}}", "sweep.grid.loss.weight.soft_weight=[0.25, 0.75]"]
+    )
+    configs = loaded.student_configs()
+    assert list(configs) == ["a", "soft_weight-0.25", "soft_weight-0.75"]
+    assert configs["soft_weight-0.75"].loss.weight.soft_weight == 0.75
+
+
+def test_a_sweep_alone_has_no_student_of_the_unchanged_settings(file: Path) -> None:
+    assert list(load_config(file, ["sweep.list=[{epochs: 3}]"]).student_configs()) == ["epochs-3"]
+
+
+def test_a_point_that_the_settings_refuse_is_named(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"students\.epochs-0: epochs"):
+        load_config(file, ["sweep.grid.epochs=[1, 0]"])
+
+
+def test_a_name_of_the_sweep_cannot_be_that_of_a_student(file: Path) -> None:
+    with pytest.raises(ConfigError, match="'epochs-2' is in students and in the sweep"):
+        load_config(file, ["students.epochs-2={}", "sweep.grid.epochs=[2]"])

@@ -158,7 +158,7 @@ def test_the_plan_is_shown_as_a_table(
     assert ["heldout", "2", "2", "0", "0", "2"] in rows
     assert ["distinct", "6", "1", "2", "3"] in rows
     text = " ".join(shown.split())
-    assert "2 upgradable samples will be labelled anew, like missing ones" in text
+    assert "2 upgradable samples keep their responses" in text
     assert "to label: 5 samples" in text
 
 

@@ -6,96 +6,18 @@ from typing import Any
 
 import pytest
 
-from pipeline.steps.report import render_report
+from pipeline.report.page import render_report
+from pipeline.report.testing import (
+    HOSTILE,
+    make_evaluation,
+    make_report,
+    make_samples,
+    make_state,
+    make_student,
+    make_token,
+)
 
-HOSTILE = "</script><script>alert(1)</script>"
-TEXTS = ["The", " cat", "\n\n", "\t", "  ", "", HOSTILE, "<|im_end|>", "\ufffd", "\U0001f98a"]
-ARABIC = "\u0645\u0631\u062d\u0628\u0627"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
-
-
-def make_token(text: str, entropy: float | None = 0.25, rank: int = 1) -> dict[str, Any]:
-    top = [{"text": text, "probability": 0.75}, {"text": HOSTILE, "probability": 0.125}]
-    return {
-        "text": text,
-        "entropy": entropy,
-        "probability": 0.75,
-        "rank": rank,
-        "tail_mass": 0.0625,
-        "top": top,
-    }
-
-
-def make_student(name: str, num_steps: int = 3) -> dict[str, Any]:
-    curve = [
-        {"step": n + 1, "loss": 2.5 - n / 8, "soft": 1.5 - n / 8, "hard": 3.5 - n / 8}
-        for n in range(num_steps)
-    ]
-    return {
-        "name": name,
-        "steps": num_steps,
-        "trained_tokens": 3000,
-        "teacher_forward_tokens": 0,
-        "directory": f"runs/demo/students/{name}-0123456789ab",
-        "curve": curve,
-    }
-
-
-def make_evaluation(name: str, kl: float) -> dict[str, Any]:
-    generation = {
-        "sample_key": "a1",
-        "prompt": f"Say {ARABIC} {HOSTILE}",
-        "teacher": f"{ARABIC}, she said.",
-        "student": "" if name == "untrained" else f"answer of {name}",
-    }
-    return {
-        "name": name,
-        "metrics": {"kl": kl, "cross_entropy": kl + 1, "agreement": 1 / (1 + kl)},
-        "num_tokens": 4321,
-        "generations": [generation],
-    }
-
-
-def make_report(num_students: int = 2, **changes: Any) -> dict[str, Any]:
-    names = [f"student-{n}" for n in range(num_students)]
-    models = ["untrained", *names]
-    report = {
-        "key": "0" * 64,
-        "project": "demo",
-        "labels": {
-            "key": "1" * 64,
-            "store": "labels",
-            "k": 64,
-            "mode": "generate",
-            "samples": {"train": 1200, "heldout": 1},
-            "selections": {"train": "2" * 64, "heldout": "3" * 64},
-            "served_by": {"1" * 64: 1000, "4" * 64: 201},
-            "stored_samples": 1201,
-            "stored_tokens": 2000,
-            "stored_bytes": 500_000,
-            "skipped_rows": [],
-        },
-        "costs": [
-            {
-                "step": "label",
-                "what": "",
-                "samples": 1201,
-                "seconds": 12.5,
-                "teacher_forward_tokens": 2500,
-                "trained_tokens": 0,
-            }
-        ],
-        "students": [make_student(name) for name in names],
-        "evaluations": [make_evaluation(name, 2.0 / (n + 1)) for n, name in enumerate(models)],
-        "response": {
-            "sample_key": "a1",
-            "prompt": f"Say {ARABIC} {HOSTILE}",
-            "tokens": [make_token(text) for text in TEXTS],
-        },
-        "provenance": {"created_at": "2026-01-05T10:11:12+00:00", "command": "distill run"},
-        "config": {"name": "demo", "note": HOSTILE},
-    }
-    return {**report, **changes}
 
 
 class Page(HTMLParser):
@@ -213,6 +135,84 @@ def test_response_keeps_whitespace_and_marks_it() -> None:
     assert "The cat\u21b5\n\u21b5\n\u21e5\t\u2423\u2423\u2205" in page.text
 
 
+def test_samples_link_to_the_viewer_of_this_machine_and_nowhere_else() -> None:
+    page = Page(render_report(make_report(samples=[make_samples("student-0")])))
+    outside = [target for target in page.values("href") if not target.startswith("#")]
+    assert outside == [f"http://127.0.0.1:8601/sample/{'ab' * 16}?by=kl#p7"]
+    text = " ".join(page.text.split())
+    assert "distill view 1111 --port 8601" in text
+    assert "distill inspect 1111 --sample abab" in text
+    assert "No sample improved." in text
+
+
+def test_curves_are_drawn_without_script_and_each_has_a_name() -> None:
+    page = Page(render_report(make_report(num_students=3)))
+    assert page.values("class").count("curve") == 3 * 3
+    assert page.values("data-fade") == ["0", "1", "2"]
+    assert set(page.values("data-student")) == {"0", "1", "2"}
+
+
+def test_a_student_without_a_step_keeps_the_colours_of_the_others() -> None:
+    students = [make_student("none", num_steps=0), make_student("some")]
+    page = Page(render_report(make_report(students=students)))
+    assert page.values("data-fade") == ["1"]
+    assert set(page.values("data-student")) == {"1"}
+
+
+def test_a_failed_run_is_said_to_have_failed_before_anything_else() -> None:
+    state = make_state("failed", step="train", why=HOSTILE, go_on="distill run a.yaml")
+    text = Page(render_report(make_report(state=state))).text
+    assert text.index("failed") < text.index("Quality on held-out prompts")
+    assert HOSTILE in text
+    assert "distill run a.yaml" in text
+
+
+@pytest.mark.parametrize("verdict", ["fit", "unfit"])
+def test_a_certificate_shows_its_verdict_and_numbers(verdict: str) -> None:
+    difference = {"mean": 1e-6, "p99": 2e-6, "typical": 1e-6, "max": 3e-5, "max_limit": 1e-3}
+    certificate = {
+        "label_set": "1" * 64,
+        "verdict": verdict,
+        "reasons": [HOSTILE] if verdict == "unfit" else [],
+        "number": 3,
+        "created_at": "2026-01-05T10:11:12+00:00",
+        "current": False,
+        "num_samples": 1200,
+        "agreement": {
+            "sample_keys": ["a", "b"],
+            "num_rows": 99,
+            "differences": {"kl": {**difference, "typical_limit": None}},
+            "worst_sample": "a",
+            "worst_sample_kl": 1.25e-5,
+            "worst_sample_limit": 0.1,
+            "head_overlap": 0.998,
+            "argmax_agreement": 0.75,
+        },
+        "drawing": None,
+        "coverage": None,
+    }
+    text = " ".join(Page(render_report(make_report(certificates=[certificate]))).text.split())
+    assert f"{verdict}, certificate 3 of" in text
+    assert "samples were added since" in text
+    for shown in ["2 samples of 1,200, 99 positions", "75.0 %", "1.25e-05", "3e-05"]:
+        assert shown in text
+    assert (HOSTILE in text.partition("certificate 3")[2].partition("Labels")[0]) == (
+        verdict == "unfit"
+    )
+
+
+def test_a_diverged_student_has_no_number_and_is_not_the_best() -> None:
+    worse = make_evaluation("student-0", 1.0)
+    diverged = {**worse, "name": "student-1", "metrics": dict.fromkeys(worse["metrics"], None)}
+    page = Page(render_report(make_report(evaluations=[worse, diverged])))
+    assert page.text.count("not a number") == 3
+    assert page.text.count("(best)") == 3
+
+
+def test_invisible_tokens_have_names() -> None:
+    assert "line break, line break" in Page(render_report(make_report())).values("aria-label")
+
+
 @pytest.mark.parametrize(
     ("entropy", "expected"),
     [(0.0, "tok e0"), (0.1, "tok e1"), (2.99, "tok e5"), (40.0, "tok e6"), (None, "tok unknown")],
@@ -232,6 +232,8 @@ def test_token_is_coloured_by_entropy(entropy: float | None, expected: str) -> N
         {"response": {"sample_key": "a1", "prompt": "", "tokens": []}},
         {"provenance": None},
         {"costs": []},
+        {"labels": None, "missing": {"labels": "the store is gone"}},
+        {"certificates": [], "missing": {"certificates": "no labels are stored yet"}},
     ],
     ids=[
         "only labels",
@@ -241,6 +243,8 @@ def test_token_is_coloured_by_entropy(entropy: float | None, expected: str) -> N
         "no tokens",
         "no origin",
         "no cost",
+        "no labels",
+        "no certificate",
     ],
 )
 def test_page_without_a_part_still_has_all_sections(changes: dict[str, Any]) -> None:

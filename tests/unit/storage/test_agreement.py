@@ -26,7 +26,9 @@ from storage.keys import LabelSetSpec, MassSpec, TopKSpec
 from storage.samples import ROUNDING_NATS, LabelledSample
 from storage.testing import make_sample, make_spec
 
-SPEC = make_spec(columns=("entropy", "power_sum_10", "power_sums"))
+SPEC = make_spec(
+    columns=("entropy", "power_sum_10", "power_sum_200", "power_sum_400", "power_sums")
+)
 LIMITS = Limits(float32=1e-4, noise_factor=2.0, max_kl=0.1, vocab_size=100, roundoff=0.0)
 NUM_SAMPLES, NUM_TOKENS = 16, 40
 
@@ -116,6 +118,7 @@ def test_equal_labels_differ_in_nothing() -> None:
     assert set(found.differences) == {
         *("logprob", "token_logprob", "token_rank", "log_tail_mass", "entropy", "head_gap"),
         *("log_power_sum_10", "log_power_sum_25", "log_power_sum_50", "log_power_sum_75"),
+        *("log_power_sum_200", "log_power_sum_400"),
         *("power_slope_25", "power_slope_50", "power_slope_75", "kl", "reverse_kl"),
     }
 

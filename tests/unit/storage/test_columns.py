@@ -34,7 +34,7 @@ from storage.testing import make_sample, make_spec
 from storage.writer import publish, write_shard
 
 SAMPLED = [StratifiedSpec(draws=3), ThresholdSpec(threshold=0.04), CountsSpec(draws=12)]
-NAMES = ("entropy", "power_sum_10", "power_sums")
+NAMES = ("entropy", "power_sum_10", "power_sum_200", "power_sum_400", "power_sums")
 EVERYTHING = make_spec(columns=(*NAMES, StratifiedSpec(draws=3)))
 
 COLUMNS = st.builds(
@@ -49,6 +49,8 @@ def test_arrow_columns_have_one_order() -> None:
     assert arrow_columns(EVERYTHING) == [
         "entropy",
         "log_power_sum_10",
+        "log_power_sum_200",
+        "log_power_sum_400",
         "log_power_sum_25",
         "log_power_sum_50",
         "log_power_sum_75",
@@ -60,8 +62,8 @@ def test_arrow_columns_have_one_order() -> None:
     ]
     names = labels_schema(EVERYTHING).names
     first = names.index("log_tail_mass") + 1
-    assert names[first : first + 10] == arrow_columns(EVERYTHING)
-    assert names[first + 10] == "topk_id_b0"
+    assert names[first : first + 12] == arrow_columns(EVERYTHING)
+    assert names[first + 12] == "topk_id_b0"
 
 
 @given(COLUMNS, st.lists(st.integers(1, 6), min_size=1, max_size=5), st.booleans())
@@ -182,6 +184,17 @@ REFUSED: dict[str, tuple[Change, type[BadLabelError], str]] = {
         with_column("log_power_sum_75", 3, 3.5),
         BadLabelError,
         "log_power_sum_75 leaves its bounds 0 and 3.47",
+    ),
+    "positive power sum above 1": (
+        with_column("log_power_sum_200", 3, 0.03),
+        BadLabelError,
+        "log_power_sum_200 leaves its bounds 0 and -13.86",
+    ),
+    # -3 * log(2**20) = -41.59
+    "power sum above 1 of too large a vocabulary": (
+        with_column("log_power_sum_400", 3, -41.7),
+        BadLabelError,
+        "log_power_sum_400 leaves its bounds 0 and -41.59",
     ),
     "rising power sum": (
         with_column("power_slope_25", 3, 0.1),

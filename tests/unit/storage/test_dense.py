@@ -23,8 +23,8 @@ from storage.selection import SampleRequest
 from storage.testing import make_sample, make_spec
 
 LOGITS = arrays.arrays(np.float64, (3, 7), elements=st.floats(-40.0, 40.0))
-ALPHAS = st.sampled_from([0.1, 0.25, 0.5, 0.75])
-EVERYTHING = ("entropy", "power_sum_10", "power_sums")
+ALPHAS = st.sampled_from([0.1, 0.25, 0.5, 0.75, 2.0, 4.0])
+EVERYTHING = ("entropy", "power_sum_10", "power_sum_200", "power_sum_400", "power_sums")
 
 
 def log_softmax(logits_NV: np.ndarray) -> np.ndarray:
@@ -108,9 +108,10 @@ def test_every_column_of_a_sample_is_that_of_its_rows(kind, sampled) -> None:
     spec = spec_of(kind=kind, columns=(*EVERYTHING, sampled))
     sample = label_sample_densely(request(), RESPONSE, LOGPROBS_RV, spec)
     sample.check(spec)
-    np.testing.assert_allclose(
-        sample.optional["log_power_sum_10"], log_power_sum(LOGPROBS_RV, 0.1), rtol=1e-6
-    )
+    for name, alpha in (("10", 0.1), ("200", 2.0), ("400", 4.0)):
+        np.testing.assert_allclose(
+            sample.optional[f"log_power_sum_{name}"], log_power_sum(LOGPROBS_RV, alpha), rtol=1e-6
+        )
     for name, alpha in (("25", 0.25), ("50", 0.5), ("75", 0.75)):
         np.testing.assert_allclose(
             sample.optional[f"log_power_sum_{name}"], log_power_sum(LOGPROBS_RV, alpha), rtol=1e-6

@@ -268,12 +268,16 @@ def test_keys_of_optional_columns_are_pinned() -> None:
     """Those of sets without new columns are in ``test_keys_are_pinned`` and the golden store."""
     found = {
         columns: with_columns(*columns).key
-        for columns in [(), ("entropy",), ("entropy", "power_sum_10", "power_sums")]
+        for columns in [
+            *((), ("entropy",), ("entropy", "power_sum_10", "power_sums")),
+            ("power_sum_200", "power_sum_400"),
+        ]
     }
     assert found == {
         (): "46f1f772bdf19e1d025f35f633a1bb4e",
         ("entropy",): "2017621b5beab5a39ec105b190133aba",
         ("entropy", "power_sum_10", "power_sums"): "e2a63e542d29ad48c9de67d7510c8eb3",
+        ("power_sum_200", "power_sum_400"): "3767da3a06521e422c82ff07db357aca",
     }
     assert with_columns("entropy", "power_sums", STRATIFIED).key == (
         "2a6c398cdffa6aec6e1134c3950fdf5b"
@@ -323,7 +327,7 @@ def test_tail_samples_of_two_kinds_do_not_fit_one_set() -> None:
         (("entropy", "entropy"), "columns must be distinct"),
         (("power_sums", "entropy"), "columns must be distinct, names sorted, tail samples last"),
         ((STRATIFIED, "entropy"), "tail samples last"),
-        (("z", "entropy"), "Input should be 'entropy', 'power_sum_10' or 'power_sums'"),
+        (("z", "entropy"), "Input should be 'entropy', 'power_sum_10', 'power_sum_200'"),
         (({"type": "reservoir", "draws": 3},), "a column is a name .* or a section with the type"),
         (({"draws": 3},), "a column is a name"),
         ((3,), "a column is a name"),

@@ -116,7 +116,7 @@ def test_neither_a_column_nor_an_exact_tail_can_be_made_up() -> None:
 
 
 # -- optional columns ------------------------------------------------------------------------------
-NAMES = ("entropy", "power_sum_10", "power_sums")
+NAMES = ("entropy", "power_sum_10", "power_sum_200", "power_sum_400", "power_sums")
 
 
 def test_columns_that_are_not_wanted_are_dropped_and_the_others_kept() -> None:

@@ -1,11 +1,17 @@
 """After a repair exactly the samples of damaged shards are missing, and all others are served."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from storage.certificate import Certificate, is_fit, newest_certificate, publish_certificate
 from storage.compact import compact
-from storage.errors import EditedSpecError, LabelStoreError
+from storage.errors import EditedSpecError, FormatError, LabelStoreError
+from storage.label_set import LabelSet
+from storage.qa import QaConfig
+from storage.quarantine import Quarantine, QuarantinedSample
+from storage.records import parse, to_json
 from storage.repair import Repaired, repair, restore_spec
 from storage.testing import make_sample, make_spec
 
@@ -216,3 +222,120 @@ def test_a_spec_without_any_shard_cannot_be_restored(bench) -> None:
     (bench.folder() / "spec.json").write_bytes(b"")
     with pytest.raises(LabelStoreError, match="no shard has a copy of it"):
         restore_spec(label_set.objects, SPEC.key, {})
+
+
+# -- certificates and samples in quarantine --------------------------------------------------------
+def certificate(label_set: LabelSet, number: int, *reasons: str) -> Certificate:
+    return Certificate(
+        label_set=label_set.key,
+        number=number,
+        commit=1,
+        num_samples=9,
+        verdict="unfit" if reasons else "fit",
+        reasons=reasons,
+        settings=QaConfig(),
+        agreement=None,
+        drawing=None,
+        coverage=None,
+        created_at="2026-11-22T12:00:00+00:00",
+        provenance={},
+    )
+
+
+@pytest.fixture
+def beside(bench):
+    """A set with two certificates, the second of which says unfit, and two samples set aside."""
+    label_set = bench.filled(SAMPLES[:7])
+    publish_certificate(label_set, lambda n: certificate(label_set, n))
+    publish_certificate(label_set, lambda n: certificate(label_set, n, "entropy differs"))
+    for sample in SAMPLES[7:]:
+        Quarantine(label_set).add(sample.key, "engine died", "three times", {})
+    return bench
+
+
+FILES = {
+    "certificate": "certificates/00000002.json",
+    "older certificate": "certificates/00000001.json",
+    "quarantine": f"quarantine/{SAMPLES[8].key}.json",
+}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def no_json(path: Path) -> None:
+    path.write_bytes(b"not JSON")
+
+
+def another_schema(path: Path) -> None:
+    path.write_text('{"format": 1}')
+
+
+def of_another_set(path: Path) -> None:
+    """A whole document that says another label set; its own checksum fits."""
+    kind = Certificate if path.parent.name == "certificates" else QuarantinedSample
+    document = parse(kind, path.read_bytes(), name="")
+    path.write_bytes(to_json(document.model_copy(update={"label_set": "0" * 32})))
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty, no_json, another_schema, of_another_set])
+@pytest.mark.parametrize("what", list(FILES))
+def test_damage_beside_the_labels_is_found_and_given_up(
+    beside, what: str, damage: Callable[[Path], None]
+) -> None:
+    path = beside.folder() / FILES[what]
+    damage(path)
+    label_set = beside.fresh()
+    (problem,) = label_set.verify()
+    assert (problem.what, problem.lost_samples) == (what.split()[-1], 0)
+    assert problem.path == f"{label_set.prefix}/{FILES[what]}"
+    assert path.name in problem.error
+    assert repaired(beside).deleted == [problem.path]
+    assert list(beside.fresh().verify()) == []
+    beside.assert_serves(SAMPLES[:7])
+
+
+def test_an_older_certificate_does_not_count_again(beside) -> None:
+    flip(beside.folder() / FILES["certificate"])
+    repaired(beside)
+    assert newest_certificate(beside.fresh()) is None
+    assert publish_certificate(beside.fresh(), lambda n: certificate(beside.fresh(), n)).number == 1
+
+
+def test_a_damaged_older_certificate_changes_no_verdict(beside) -> None:
+    flip(beside.folder() / FILES["older certificate"])
+    repaired(beside)
+    assert not is_fit(beside.fresh())
+
+
+def test_of_a_damaged_reason_only_its_sample_is_asked_for_again(beside) -> None:
+    flip(beside.folder() / FILES["quarantine"])
+    assert Quarantine(beside.fresh()).keys() == {SAMPLES[7].key, SAMPLES[8].key}
+    repaired(beside)
+    assert Quarantine(beside.fresh()).keys() == {SAMPLES[7].key}
+
+
+@pytest.mark.parametrize("name", ["certificates/newest.json", "quarantine/notes.txt"])
+def test_a_file_with_a_name_that_none_has_is_found(beside, name: str) -> None:
+    folder = beside.folder()
+    source = FILES["certificate" if name.startswith("c") else "quarantine"]
+    (folder / source).rename(folder / name)
+    (problem,) = beside.fresh().verify()
+    assert "it was renamed" in problem.error
+    if problem.what == "certificate":  # its true number is unknown: labels are not called fit
+        with pytest.raises(FormatError, match="it was renamed"):
+            is_fit(beside.fresh())
+    repaired(beside)
+    assert list(beside.fresh().verify()) == []
+    assert Quarantine(beside.fresh()).keys() <= {sample.key for sample in SAMPLES[7:]}

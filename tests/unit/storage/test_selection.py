@@ -11,7 +11,14 @@ import pytest
 from storage.errors import FormatError, LabelStoreError, ShardCorruptError
 from storage.keys import sample_key
 from storage.objects import Objects
-from storage.selection import SELECTION_SCHEMA, SampleRequest, Selection, Source, load_selection
+from storage.selection import (
+    SELECTION_SCHEMA,
+    SampleRequest,
+    Selection,
+    Source,
+    load_selection,
+    load_selection_index,
+)
 
 
 def request(number: int, *, response: list[int] | None = None, sources: int = 1) -> SampleRequest:
@@ -142,3 +149,28 @@ def test_no_flipped_bit_changes_a_selection_that_is_served(tmp_path: Path) -> No
                 r.prompt_ids_P.tolist() for r in SELECTION.requests
             ]
     assert refused > 100
+
+
+def test_the_index_of_a_selection_holds_its_keys_and_sizes(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    masks = [None, [True, False, True, True], [False, True, False], [True, True]]
+    requests = []
+    for number, mask in enumerate(masks):
+        prompt_P = np.arange(3 + number, dtype=np.int32)
+        mask_R = None if mask is None else np.array(mask)
+        response_R = None if mask is None else np.arange(len(mask), dtype=np.int32)
+        key = sample_key(prompt_P, 0, response_ids=response_R, label_mask=mask_R)
+        requests.append(SampleRequest(key, 0, prompt_P, response_R, (), mask_R))
+    index = load_selection_index(objects, Selection(tuple(requests)).save(objects))
+    assert list(index.sample_keys) == [request.key for request in requests]
+    assert index.num_prompt_tokens_S.tolist() == [3, 4, 5, 6]
+    assert index.num_last_rows_S.tolist() == [-1, 2, 1, 2]
+
+
+def test_the_index_of_a_damaged_selection_is_refused(tmp_path: Path) -> None:
+    objects = Objects(str(tmp_path))
+    key = SELECTION.save(objects)
+    file = tmp_path / f"selections/{key}.arrow"
+    file.rename(file.with_name(f"{'0' * len(key)}.arrow"))
+    with pytest.raises(FormatError, match="does not have the key"):
+        load_selection_index(objects, "0" * len(key))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from student_train.losses.base import TeacherRows
+from student_train.losses.base import FixedWeights, TeacherRows
 from student_train.losses.config import DivergenceConfig, soft_config
 from student_train.losses.fused_linear import FusedTerms, fused_linear_loss
 from student_train.losses.linear_head import LinearHead
@@ -85,8 +85,7 @@ def fused(
         head if isinstance(head, LinearHead) else LinearHead(head),
         rows,
         divergence=None if config is None else make_divergence(config, schedule=SCHEDULE),
-        soft_weight_M=soft_M,
-        hard_weight_M=hard_M,
+        weights=FixedWeights(soft_M, hard_M),
         entropy_weight_M=entropy_weight_M,
         vocab_size=vocab_size,
     )

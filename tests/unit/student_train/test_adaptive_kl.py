@@ -1,6 +1,7 @@
 """Adaptive KL by head and tail gaps: what is the head, and how it weighs."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -17,10 +18,15 @@ def logs(*probabilities: float) -> Tensor:
     return torch.tensor([probabilities], dtype=torch.float64).log()
 
 
-def weight(teacher: Tensor, student: Tensor, head_mass: float = 0.5) -> float:
+def weight(
+    teacher: Tensor,
+    student: Tensor,
+    head_mass: float = 0.5,
+    head: Literal["reach", "within"] = "reach",
+) -> float:
     """The weight of the forward KL, from the value."""
     value = adaptive_kl(
-        teacher, student, head_mass=head_mass, through_weights=False, log_floor=FLOOR
+        teacher, student, head_mass=head_mass, head=head, through_weights=False, log_floor=FLOOR
     )[0]
     forward = forward_kl(teacher, student)[0]
     reverse = reverse_kl(teacher, student, log_floor=FLOOR)[0]
@@ -34,6 +40,23 @@ def test_the_weight_is_the_heads_share_of_the_difference() -> None:
     # with 0.7 the second token joins, without a gap; with 0.9 the third does, with its 0.2
     assert weight(teacher, student, 0.7) == pytest.approx(0.5)
     assert weight(teacher, student, 0.9) == pytest.approx(5 / 6)
+
+
+def test_the_token_that_crosses_the_mass_may_be_left_out() -> None:
+    teacher, student = logs(0.6, 0.2, 0.1, 0.1), logs(0.3, 0.2, 0.3, 0.2)
+    # the likeliest token is head although it has more than 1/2
+    assert weight(teacher, student, head="within") == pytest.approx(0.5)
+    # 0.6 and 0.2 stay within 0.85; with the stored token of 0.1 it would be more
+    assert weight(teacher, student, 0.85, "within") == pytest.approx(0.5)
+    # it has to come to reach it
+    assert weight(teacher, student, 0.85, "reach") == pytest.approx(5 / 6)
+
+
+def test_equal_tokens_stay_out_of_the_head_together() -> None:
+    teacher, student = logs(0.4, 0.2, 0.2, 0.2), logs(0.3, 0.4, 0.2, 0.1)
+    # the first of the two of 0.2 would stay within 0.7, both would not; gaps 0.1 | 0.2, 0, 0.1
+    assert weight(teacher, student, 0.7, "within") == pytest.approx(1 / 4)
+    assert weight(teacher, student, 0.9, "within") == pytest.approx(3 / 4)
 
 
 def test_the_head_does_not_depend_on_the_order_of_the_tokens() -> None:
@@ -57,7 +80,9 @@ def test_the_tail_category_is_never_in_the_head() -> None:
 def test_the_gradient_holds_the_weights_fixed_unless_told() -> None:
     teacher, student = logs(0.6, 0.2, 0.1, 0.1), logs(0.3, 0.2, 0.3, 0.2)
     fixed, through = (
-        adaptive_kl(teacher, student, head_mass=0.5, through_weights=flag, log_floor=FLOOR)
+        adaptive_kl(
+            teacher, student, head_mass=0.5, head="reach", through_weights=flag, log_floor=FLOOR
+        )
         for flag in (False, True)
     )
     assert torch.equal(fixed[0], through[0])
@@ -74,7 +99,7 @@ def test_equal_distributions_give_zero_and_no_nan() -> None:
     teacher = logs(0.6, 0.3, 0.1)
     for flag in (False, True):
         value, gradient = adaptive_kl(
-            teacher, teacher, head_mass=0.5, through_weights=flag, log_floor=FLOOR
+            teacher, teacher, head_mass=0.5, head="reach", through_weights=flag, log_floor=FLOOR
         )
         assert value.tolist() == [0.0]
         # that of forward KL, which the softmax turns into 0
@@ -84,7 +109,7 @@ def test_equal_distributions_give_zero_and_no_nan() -> None:
 def test_a_floor_keeps_the_reverse_part_finite() -> None:
     teacher, student = logs(1.0, 0.0), logs(0.5, 0.5)
     value, gradient = adaptive_kl(
-        teacher, student, head_mass=0.5, through_weights=False, log_floor=FLOOR
+        teacher, student, head_mass=0.5, head="reach", through_weights=False, log_floor=FLOOR
     )
     # both gaps are 1/2; forward log 2, reverse log 1/2 + 30 / 2
     assert value.tolist() == pytest.approx([0.5 * math.log(2) + 0.5 * (math.log(0.5) + 15)])

@@ -35,7 +35,7 @@ from student_train.weights.config import EntropyWeightConfig, StaticWeightConfig
         {"batch": {"micro_tokens": 0}},
         {"deepspeed": {"stage": 3}},
         {"loss": {"soft": "kl"}},
-        {"loss": {"soft": {"type": "jsd", "beta": 1}}},
+        {"loss": {"soft": {"type": "jsd", "beta": 1.5}}},
         {"loss": {"hard": "greedy"}},
         {"loss": {"hard_term": "chi2"}},
         {"loss": {"hard_term": {"type": "risk_guided", "alpha": 0}}},
@@ -172,3 +172,34 @@ def test_what_a_loss_reports_is_known_before_it_runs() -> None:
     assert loss_of({}).metrics == ("hard_weight",)
     loss = HybridLossConfig(hard_term=RiskGuidedConfig(), student_entropy=0.1)
     assert loss.metrics == ("hard_weight", "risk", "student_entropy")
+
+
+# -- what decides ---------------------------------------------------------------------------------
+def test_fetching_does_not_decide_what_a_student_becomes() -> None:
+    plain = TrainConfig(model="m")
+    other = TrainConfig.model_validate(
+        {"model": "n", "checkpoint_every_steps": 3, "loader": {"workers": 4, "prefetch": 9}}
+    )
+    assert plain.deciding() == other.deciding()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"batch": {"packing": "padded"}},
+        {"batch": {"row_tokens": 100}},
+        {"batch": {"lanes": 8}},
+        {"batch": {"window_tokens": 100}},
+        {"data": {"filter": {"finish_reason": ["stop"]}}},
+        {"data": {"filter": {"sql": "response_tokens > 3"}}},
+        {"data": {"weight": 0.5}},
+        {"data": {"mixture": [{"label_set": "a", "selection": "b"}]}},
+        {"data": {"k": 4}},
+        {"data": {"supervise": "last_turn"}},
+    ],
+    ids=str,
+)
+def test_what_is_trained_on_does(change: dict[str, object]) -> None:
+    plain = TrainConfig(model="m")
+    assert TrainConfig.model_validate({"model": "m", **change}).deciding() != plain.deciding()

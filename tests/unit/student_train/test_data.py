@@ -1,6 +1,7 @@
-"""Cached samples become steps and micro-batches: each once, aligned, the same for every world."""
+"""Cached samples become micro-batches: aligned, in a row or padded, of one label set or more."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,115 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import NotLabelledError
-from storage.keys import sample_key
+from storage.keys import LabelSetSpec, sample_key
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest, Selection
 from storage.store import LabelStore
-from storage.testing import make_spec
-from student_train.config import BatchConfig, LabelSource
-from student_train.data import (
-    LabelReader,
-    StepPlan,
-    collate,
-    plan_epoch,
-    split_by_padded_size,
-)
+from storage.testing import label_sample_densely, make_sample, make_spec
+from student_train.config import LabelSource, TrainDataConfig
+from student_train.data import LabelReader, collate
+from student_train.errors import PreflightError
 
 SPEC = make_spec(vocab_size=100)
-LENGTHS = np.array([30, 10, 20, 25, 5, 40, 15, 10])
-BATCH = BatchConfig(tokens=50, micro_tokens=40)
-
-
-def plans(
-    lengths: np.ndarray = LENGTHS, batch: BatchConfig = BATCH, *, seed: int = 0, epoch: int = 0
-) -> list[StepPlan]:
-    """Steps of samples of which half the tokens are supervised."""
-    return plan_epoch(lengths // 2, lengths, batch, seed=seed, epoch=epoch)
-
-
-def order(steps: list[StepPlan]) -> list[int]:
-    return [index for step in steps for group in step.micro_batches for index in group]
-
-
-lengths_of_samples = st.lists(st.integers(2, 60), min_size=1, max_size=40).map(np.array)
-budgets = st.builds(BatchConfig, tokens=st.integers(1, 150), micro_tokens=st.integers(1, 150))
-
-
-# -- the plan of an epoch -------------------------------------------------------------------------
-@given(lengths_of_samples, budgets, st.integers(0, 5), st.integers(0, 5))
-def test_every_sample_is_in_exactly_one_micro_batch(
-    lengths: np.ndarray, batch: BatchConfig, seed: int, epoch: int
-) -> None:
-    assert sorted(order(plans(lengths, batch, seed=seed, epoch=epoch))) == list(range(len(lengths)))
-
-
-@given(lengths_of_samples, budgets)
-def test_only_a_single_sample_may_exceed_the_budget_of_a_step(
-    lengths: np.ndarray, batch: BatchConfig
-) -> None:
-    for step in plans(lengths, batch):
-        assert step.num_tokens <= batch.tokens or len(order([step])) == 1
-
-
-@given(lengths_of_samples, budgets)
-def test_only_a_single_sample_may_exceed_the_padded_size_of_a_micro_batch(
-    lengths: np.ndarray, batch: BatchConfig
-) -> None:
-    for step in plans(lengths, batch):
-        for group in step.micro_batches:
-            padded = len(group) * int(lengths[list(group)].max())
-            assert padded <= batch.micro_tokens or len(group) == 1
-
-
-@given(lengths_of_samples, budgets)
-def test_the_counts_of_a_step_are_those_of_its_samples(
-    lengths: np.ndarray, batch: BatchConfig
-) -> None:
-    for step in plans(lengths, batch):
-        members = order([step])
-        assert step.num_tokens == lengths[members].sum()
-        assert step.num_supervised == (lengths[members] // 2).sum()
-
-
-def test_no_step_ends_before_its_budget_is_used() -> None:
-    """The next step's first sample did not fit."""
-    permutation = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(len(LENGTHS))
-    steps = plans()
-    start = 0
-    for step in steps[:-1]:
-        start += len(order([step]))
-        assert step.num_tokens + LENGTHS[permutation[start]] > BATCH.tokens
-
-
-def test_the_order_of_a_seed_and_an_epoch_never_changes() -> None:
-    """Pinned: a resume on another machine must see the same steps."""
-    assert [sorted(order([step])) for step in plans()] == [[5], [0, 6], [1, 2, 4, 7], [3]]
-
-
-def test_every_epoch_and_every_seed_has_an_order_of_its_own() -> None:
-    lengths = np.full(20, 10)
-    orders = {
-        tuple(order(plans(lengths, seed=seed, epoch=epoch))) for seed in (0, 1) for epoch in (0, 1)
-    }
-    assert len(orders) == 4
-
-
-def test_the_plan_does_not_depend_on_the_size_of_micro_batches() -> None:
-    """Samples of a step, and with them its gradient, are a matter of ``tokens`` alone."""
-    one = plans(batch=BatchConfig(tokens=50, micro_tokens=10))
-    other = plans(batch=BatchConfig(tokens=50, micro_tokens=1000))
-    assert [sorted(order([s])) for s in one] == [sorted(order([s])) for s in other]
-
-
-def test_micro_batches_hold_samples_of_like_length_longest_first() -> None:
-    # sorted: 40 | 30 | 25 | 20 20 -> 40 = 2 * 20 | 10 10 10 10 = 4 * 10
-    lengths = np.array([10, 30, 20, 10, 40, 10, 25, 20, 10])
-    groups = list(split_by_padded_size(range(9), lengths, 40))
-    assert groups == [(4,), (1,), (6,), (2, 7), (0, 3, 5, 8)]
-
-
-def test_no_samples_are_no_micro_batches() -> None:
-    assert list(split_by_padded_size([], np.array([]), 40)) == []
 
 
 # -- collating ------------------------------------------------------------------------------------
@@ -251,3 +153,142 @@ def test_labels_of_a_smaller_k_do_not_serve_a_larger_one(labels: LabelSource) ->
     LabelStore(labels.store).create(spec, {})
     with pytest.raises(NotLabelledError, match="for 6 of 6 samples"):
         LabelReader(labels.model_copy(update={"label_set": spec.key}))
+
+
+# -- what is read ---------------------------------------------------------------------------------
+def test_fewer_tokens_per_position_are_read_on_request(
+    labels: LabelSource, samples: list[LabelledSample]
+) -> None:
+    reader = LabelReader(labels, data=TrainDataConfig(k=3))
+    assert reader.spec.kind.width == 3
+    (found,) = reader.read([2])
+    assert found.topk_ids_NK.tolist() == samples[2].topk_ids_NK[:, :3].tolist()
+    mass_N = np.exp(found.topk_logprobs_NK).sum(axis=1) + np.exp(found.log_tail_mass_N)
+    np.testing.assert_allclose(mass_N, 1, atol=0.01)
+
+
+def test_more_tokens_than_are_stored_are_refused(labels: LabelSource) -> None:
+    with pytest.raises(PreflightError, match=r"k is 9, label set .* holds 8 tokens"):
+        LabelReader(labels, data=TrainDataConfig(k=9))
+
+
+def test_a_fork_reads_the_same(labels: LabelSource) -> None:
+    reader = LabelReader(labels)
+    (one,), (other,) = reader.read([3]), reader.fork().read([3])
+    assert one.key == other.key
+    assert one.topk_logprobs_NK.tolist() == other.topk_logprobs_NK.tolist()
+
+
+# -- mixtures -------------------------------------------------------------------------------------
+def another_set(
+    labels: LabelSource, *, k: int = 8, seed: int = 1, count: int = 4, vocab_size: int = 40
+) -> tuple[LabelSource, list[LabelledSample]]:
+    """Labels of another generation in the same store."""
+    store = LabelStore(labels.store)
+    spec = make_spec(k=k, vocab_size=vocab_size, seed=seed)
+    samples = [make_sample(100 + number, spec, num_tokens=3 + number) for number in range(count)]
+    label_set = store.create(spec, {})
+    label_set.append(samples, {})
+    requests = tuple(SampleRequest(s.key, 0, s.prompt_ids_P, None, ()) for s in samples)
+    selection = Selection(requests).save(store.objects)
+    source = LabelSource(
+        store=labels.store, label_set=label_set.key, selection=selection, weight=0.5
+    )
+    return source, samples
+
+
+def test_a_mixture_numbers_the_samples_of_its_sources_on(
+    labels: LabelSource, samples: list[LabelledSample]
+) -> None:
+    extra, others = another_set(labels)
+    reader = LabelReader(labels, mixture=[extra])
+    assert reader.num_samples == 10
+    assert reader.weights == [1.0, 0.5]
+    assert reader.source_S.tolist() == [0] * 6 + [1] * 4
+    assert reader.num_rows.tolist() == [2, 3, 4, 5, 6, 7, 3, 4, 5, 6]
+    found = reader.read([7, 1, 9, 0])
+    expected = [others[1], samples[1], others[3], samples[0]]
+    assert [s.key for s in found] == [s.key for s in expected]
+    keys = [sample.key for sample in (*samples, *others)]
+    assert [keys[place] for place in reader.key_order_S] == sorted(keys)
+
+
+def test_a_mixture_is_read_with_what_all_its_label_sets_have(
+    labels: LabelSource, samples: list[LabelledSample]
+) -> None:
+    extra, others = another_set(labels, k=5)
+    reader = LabelReader(labels, mixture=[extra])
+    assert reader.spec.kind.width == 5
+    batch = collate(reader.read([0, 6]), "sampled", reader.spec)
+    expected = [samples[0].topk_ids_NK[:, :5], others[0].topk_ids_NK]
+    assert batch.labels.topk_ids_MK.tolist() == np.concatenate(expected).tolist()
+
+
+def test_the_same_sample_of_two_teachers_is_two_samples(labels: LabelSource) -> None:
+    store = LabelStore(labels.store)
+    spec = make_spec(vocab_size=40, seed=7)
+    twin = make_sample(0, spec, num_tokens=4)  # the prompt of the first sample, longer answered
+    label_set = store.create(spec, {})
+    label_set.append([twin], {})
+    request = SampleRequest(twin.key, 0, twin.prompt_ids_P, None, ())
+    selection = Selection((request,)).save(store.objects)
+    extra = LabelSource(store=labels.store, label_set=label_set.key, selection=selection)
+    reader = LabelReader(labels, mixture=[extra])
+    first, second = reader.read([0, 6])
+    assert first.key == second.key
+    assert [len(first.positions_N), len(second.positions_N)] == [2, 4]
+
+
+def test_labels_of_different_vocabularies_do_not_mix(labels: LabelSource) -> None:
+    extra, _ = another_set(labels, vocab_size=50)
+    with pytest.raises(PreflightError, match=r"vocabulary of 50, .* one of 40"):
+        LabelReader(labels, mixture=[extra])
+
+
+# -- positions ------------------------------------------------------------------------------------
+def test_only_the_last_turn_is_supervised_on_request(tmp_path: Path) -> None:
+    """A conversation of two answers, and one whose answer is labelled whole."""
+    store = LabelStore(str(tmp_path), create=True)
+    spec = score_spec()
+    masks = [[True, True, False, True, True, True], [True] * 4]
+    samples = [masked_sample(number, mask, spec) for number, mask in enumerate(masks)]
+    label_set = store.create(spec, {})
+    label_set.append(samples, {})
+    requests = tuple(
+        SampleRequest(s.key, 0, s.prompt_ids_P, s.response_ids_R, (), s.label_mask_R)
+        for s in samples
+    )
+    selection = Selection(requests).save(store.objects)
+    source = LabelSource(store=store.uri, label_set=label_set.key, selection=selection)
+    assert LabelReader(source).num_rows.tolist() == [5, 4]
+    reader = LabelReader(source, data=TrainDataConfig(supervise="last_turn"))
+    assert reader.num_rows.tolist() == [3, 4]
+    first, second = reader.read([0, 1])
+    assert first.positions_N.tolist() == [3, 4, 5]
+    assert first.topk_ids_NK.tolist() == samples[0].topk_ids_NK[2:].tolist()
+    assert first.optional["entropy"].shape == (3,)
+    assert second.positions_N.tolist() == [0, 1, 2, 3]
+    # the tokens of the first answer are still read by the model
+    assert first.response_ids_R.tolist() == samples[0].response_ids_R.tolist()
+    assert collate([first], "sampled", spec).labels.hard_M.tolist() == (
+        samples[0].response_ids_R[3:].tolist()
+    )
+
+
+def score_spec() -> LabelSetSpec:
+    spec = make_spec(vocab_size=40)
+    generation = spec.generation.model_copy(update={"mode": "score", "sampling": None})
+    return spec.model_copy(update={"generation": generation})
+
+
+def masked_sample(number: int, mask: list[bool], spec: LabelSetSpec) -> LabelledSample:
+    """A given response of which some tokens are labelled."""
+    random = np.random.default_rng(number)
+    prompt_P = random.integers(0, 40, size=3).astype(np.int32)
+    response_R = random.integers(0, 40, size=len(mask)).astype(np.int32)
+    logits_RV = random.normal(size=(len(mask), 40))
+    logprobs_RV = logits_RV - np.log(np.exp(logits_RV).sum(axis=1, keepdims=True))
+    mask_R = np.array(mask)
+    key = sample_key(prompt_P, 0, response_ids=response_R, label_mask=mask_R)
+    request = SampleRequest(key, 0, prompt_P, response_R, (), mask_R)
+    return label_sample_densely(request, response_R, logprobs_RV, spec)

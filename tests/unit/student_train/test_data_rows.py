@@ -78,7 +78,7 @@ def test_columns_that_are_not_stored_are_absent() -> None:
 
 
 def test_scalar_columns_arrive_by_their_names() -> None:
-    samples, spec = make("entropy", "power_sum_10", "power_sums")
+    samples, spec = make("entropy", "power_sum_10", "power_sum_200", "power_sum_400", "power_sums")
     rows = teacher_rows(samples, "sampled", spec)
     assert rows.entropy_M is not None
     assert rows.entropy_M.tolist() == pytest.approx(

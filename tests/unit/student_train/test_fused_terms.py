@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.errors import NonFiniteLossError
 from student_train.losses import head_chunks
-from student_train.losses.base import NEG_INF, PADDING_ID, TeacherRows
+from student_train.losses.base import PADDING_ID, TeacherRows
 from student_train.losses.config import soft_config
-from student_train.losses.fused_linear import row_statistics
+from student_train.losses.fused_linear import fused_linear_loss
 from student_train.losses.linear_head import LinearHead
-from student_train.losses.reference import student_categories
+from student_train.losses.soft_term import make_divergence
 from tests.unit.student_train.fused_rows import (
     V,
     assert_close,
@@ -210,37 +209,32 @@ def test_the_mean_over_draws_of_the_tail_is_the_dense_gradient() -> None:
     assert bool(((bucket - dense).abs() > allowed).any())
 
 
-# -- statistics ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("k", [0, 1, 5, V])
-def test_statistics_are_those_of_the_dense_softmax(k: int) -> None:
-    rows, (hidden, weight) = make_rows(7, k), make_leaves(7)
-    found = row_statistics(hidden, LinearHead(weight), rows, vocab_size=V)
-    logprobs = (hidden @ weight.t()).log_softmax(dim=-1).detach()
-    torch.testing.assert_close(
-        found.student_MC, student_categories(logprobs, rows), rtol=0, atol=1e-12
+# -- weights --------------------------------------------------------------------------------------
+def test_weights_may_depend_on_the_student() -> None:
+    """They are asked for block by block, in order, and no gradient flows through them."""
+    rows, (hidden, weight) = make_rows(7, 5), make_leaves(7)
+    places = []
+
+    def weigh(part: TeacherRows, place: slice, student_logprob_N: Tensor) -> tuple[Tensor, Tensor]:
+        places.append((place.start, place.stop))
+        assert torch.equal(part.hard_M, rows.hard_M[place])
+        return student_logprob_N.exp(), -student_logprob_N
+
+    found = fused_linear_loss(
+        hidden,
+        LinearHead(weight),
+        rows,
+        divergence=make_divergence(soft_config("forward_kl")),
+        weights=weigh,
+        vocab_size=V,
     )
-    assert_close(found.hard_logprob_M, logprobs.gather(-1, rows.hard_M[:, None]).squeeze(-1))
-    assert_close(found.entropy_M, -(logprobs.exp() * logprobs).sum(dim=-1))
-    assert not found.hard_logprob_M.requires_grad
-
-
-def test_statistics_of_no_rows_are_empty() -> None:
-    rows, (hidden, weight) = make_rows(3, 5).rows(0, 0), make_leaves(0)
-    found = row_statistics(hidden, LinearHead(weight), rows, vocab_size=V)
-    assert found.student_MC.shape == (0, 6)
-    assert found.hard_logprob_M.shape == found.entropy_M.shape == (0,)
-
-
-def test_statistics_mark_unused_entries_and_refuse_what_is_not_finite() -> None:
-    rows, (hidden, weight) = make_rows(3, 5), make_leaves(3)
-    ids = rows.topk_ids_MK.clone()
-    ids[1, 3:] = PADDING_ID
-    found = row_statistics(hidden, LinearHead(weight), replace(rows, topk_ids_MK=ids), vocab_size=V)
-    assert found.student_MC[1, 3:5].tolist() == [NEG_INF, NEG_INF]
-    with torch.no_grad():
-        hidden[2] = math.nan
-    with pytest.raises(NonFiniteLossError, match=r"rows \[2\] of 3"):
-        row_statistics(hidden, LinearHead(weight), rows, vocab_size=V)
+    assert places == [(0, 2), (2, 3), (3, 5), (5, 6), (6, 7)]
+    logprobs = (hidden @ weight.t()).log_softmax(dim=-1).detach()
+    student_M = logprobs.gather(-1, rows.hard_M.unsqueeze(-1)).squeeze(-1)
+    assert_close(found.soft_weight_M, student_M.exp())
+    assert_close(found.hard_weight_M, -student_M)
+    expected = fused(hidden, weight, rows, weights=(student_M.exp(), -student_M)).total
+    assert_same_loss(found.total, expected, hidden, weight)
 
 
 def test_weights_of_a_hybrid_are_those_of_the_terms() -> None:

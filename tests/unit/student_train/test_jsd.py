@@ -4,13 +4,20 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from student_train.losses.forward_kl import forward_kl
-from student_train.losses.jsd import jsd
+from student_train.losses.jsd import jsd as jsd_with_floor
 from student_train.losses.reverse_kl import reverse_kl
 
 TEACHER = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log()
 STUDENT = torch.tensor([[0.5, 0.0, 0.5]], dtype=torch.float64).log()
+
+FLOOR = -30.0
+
+
+def jsd(teacher: Tensor, student: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
+    return jsd_with_floor(teacher, student, beta=beta, log_floor=FLOOR)
 
 
 def test_the_value_is_the_mean_kl_to_the_mixture() -> None:
@@ -39,14 +46,24 @@ def test_exchanging_both_sides_and_the_weight_changes_nothing() -> None:
     torch.testing.assert_close(jsd(one, other, beta=0.2)[0], jsd(other, one, beta=0.8)[0])
 
 
-def test_its_ends_are_the_two_kls_divided_by_the_weight() -> None:
-    """It goes to 0 there itself, which is why 0 and 1 are not among its weights."""
+def test_it_goes_to_its_ends_like_the_weight() -> None:
     teacher = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
     student = torch.tensor([[0.3, 0.3, 0.4]], dtype=torch.float64).log()
     tiny = 1e-7
-    forward, reverse = forward_kl(teacher, student), reverse_kl(teacher, student, log_floor=-30.0)
     # to first order in the weight; the second order is 1e-7
-    near_0 = jsd(teacher, student, beta=tiny)[0] / tiny
-    near_1 = jsd(teacher, student, beta=1 - tiny)[0] / tiny
-    assert near_0.tolist() == pytest.approx(forward[0].tolist(), rel=1e-5)
-    assert near_1.tolist() == pytest.approx(reverse[0].tolist(), rel=1e-5)
+    for beta, end in ((tiny, 0.0), (1 - tiny, 1.0)):
+        near, there = jsd(teacher, student, beta=beta), jsd(teacher, student, beta=end)
+        assert (near[0] / tiny).tolist() == pytest.approx(there[0].tolist(), rel=1e-5)
+        # the student's softmax takes away what is the same for all categories
+        slopes = [g - student.exp() * g.sum() for g in (near[1] / tiny, there[1])]
+        torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-8)
+
+
+def test_its_ends_are_the_two_kls() -> None:
+    """As in TRL, where beta 0 is forward and beta 1 reverse KL."""
+    for beta, expected in (
+        (0.0, forward_kl(TEACHER, STUDENT)),
+        (1.0, reverse_kl(TEACHER, STUDENT, log_floor=FLOOR)),
+    ):
+        for one, other in zip(jsd(TEACHER, STUDENT, beta=beta), expected, strict=True):
+            assert torch.equal(one, other)

@@ -36,11 +36,14 @@ def test_a_name_is_short_for_its_defaults(name: str) -> None:
 
 PUBLISHED: list[tuple[str, dict[str, Any]]] = [
     ("forward_kl", {}),
-    ("jsd", {"beta": 0.5}),
+    ("jsd", {"beta": 0.5, "log_floor": -30.0}),
     ("skew_forward_kl", {"skew": 0.1}),
     ("skew_reverse_kl", {"skew": 0.1}),
     ("tvd", {}),
-    ("adaptive_kl", {"head_mass": 0.5, "through_weights": False, "log_floor": -30.0}),
+    (
+        "adaptive_kl",
+        {"head_mass": 0.5, "head": "reach", "through_weights": False, "log_floor": -30.0},
+    ),
     ("entropy_adaptive_kl", {"sharpness": 0.5, "through_weights": True, "log_floor": -30.0}),
     ("alpha_beta", {"alpha": 0.2, "beta": 0.7, "log_floor": -30.0}),
     ("taid", {"value": "cross_entropy", "log_floor": -30.0}),
@@ -58,15 +61,20 @@ def test_the_defaults_are_the_published_ones(name: str, options: dict[str, Any])
     ("options", "message"),
     [
         ("kullback", "forward_kl"),
-        ({"type": "jsd", "beta": 0.0}, "greater than 0"),
-        ({"type": "jsd", "beta": 1.0}, "less than 1"),
+        ({"type": "jsd", "beta": -0.1}, "greater than or equal to 0"),
+        ({"type": "jsd", "beta": 1.1}, "less than or equal to 1"),
         ({"type": "jsd", "skew": 0.1}, "Extra inputs"),
         ({"type": "skew_reverse_kl", "skew": 0.0}, "greater than 0"),
         ({"type": "reverse_kl", "log_floor": 0.0}, "less than 0"),
         ({"type": "reverse_kl", "tail": "sampled"}, "unbiased for forward_kl only"),
         ({"type": "forward_kl", "tail": "sampled", "temperature": 2.0}, "temperature 1 only"),
         ({"type": "forward_kl", "temperature": 0.0}, "greater than 0"),
-        ({"type": "forward_kl", "temperature": 0.5}, "no label column holds; use one from 1 to 4"),
+        (
+            {"type": "forward_kl", "temperature": 0.7},
+            r"1/T = 1\.42857, which no .* use one from 1 to 4, or one of 0\.25, 0\.5, 1\.33333",
+        ),
+        ({"type": "tvd", "temperature": 0.2}, r"1/T = 5, which no label column holds"),
+        ({"type": "jsd", "temperature": {"start": 1.0, "end": 0.5}}, "between 1 and 4"),
         ({"type": "forward_kl", "temperature": 5.0}, r"power sum at 1/T = 0\.2"),
         ({"type": "forward_kl", "temperature": {"start": 1.0, "end": 5.0}}, "between 1 and 4"),
     ],
@@ -90,6 +98,8 @@ def test_what_cannot_be_computed_is_refused_when_it_is_read(options: Any, messag
         # between 3/4 and 1 the slope at 1, minus the entropy, is needed too
         ({"temperature": 1.1}, {"power_sums", "entropy"}),
         ({"temperature": 10.0}, {"power_sum_10"}),
+        ({"temperature": 0.5}, {"power_sum_200"}),
+        ({"temperature": 0.25}, {"power_sum_400"}),
         ({"temperature": {"start": 4.0, "end": 1.0}}, {"power_sums", "entropy"}),
     ],
 )
@@ -98,11 +108,10 @@ def test_the_columns_that_a_divergence_needs(options: dict[str, Any], columns: s
 
 
 def test_a_further_stored_power_allows_its_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Temperatures below 1 wait for a column; nothing here has to change for it."""
-    monkeypatch.setitem(POWERS, "200", 2.0)  # type: ignore[misc]
-    monkeypatch.setitem(SCALARS, "power_sum_200", ("log_power_sum_200",))
-    config = soft_config({"type": "forward_kl", "temperature": 0.5})
-    assert required_columns(config) == {"power_sum_200"}
+    monkeypatch.setitem(POWERS, "300", 3.0)  # type: ignore[misc]
+    monkeypatch.setitem(SCALARS, "power_sum_300", ("log_power_sum_300",))
+    config = soft_config({"type": "forward_kl", "temperature": 1 / 3})
+    assert required_columns(config) == {"power_sum_300"}
 
 
 def test_a_moving_temperature_is_linear_in_the_progress() -> None:

@@ -63,17 +63,6 @@ def test_padding_a_sample_changes_none_of_its_terms(
     torch.testing.assert_close(together.total, total, rtol=1e-5, atol=0)
 
 
-def test_the_anchor_is_zero_and_reaches_every_parameter(tiny_model: MakeModel) -> None:
-    """A rank without a micro-batch takes part in the reduction of every gradient."""
-    student = Student(tiny_model(), LOSS, VOCAB_SIZE)
-    anchor = student.anchor()
-    anchor.backward()
-    assert anchor.item() == 0.0
-    for name, parameter in student.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() == 0
-
-
 def test_a_vocabulary_smaller_than_that_of_the_labels_is_refused(tiny_model: MakeModel) -> None:
     with pytest.raises(PreflightError, match="vocabulary has 39 rows, the labels use 40"):
         Student(tiny_model(vocab_size=39), LOSS, VOCAB_SIZE)

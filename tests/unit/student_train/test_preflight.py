@@ -3,17 +3,24 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from storage.errors import ConfigError
 from storage.keys import MassSpec
+from storage.selection import SampleRequest, Selection
 from storage.store import LabelStore
-from storage.testing import make_spec
+from storage.testing import make_sample, make_spec
 from student_train.config import HybridLossConfig, LabelSource
-from student_train.data import LabelReader
+from student_train.data import LabelReader, collate
 from student_train.errors import PreflightError
+from student_train.losses.base import PADDING_ID
+from student_train.model import Student
 from student_train.preflight import check_labels_serve_loss, check_student_fits_labels
+from student_train.schedules import StepState
+from tests.unit.student_train.conftest import VOCAB_SIZE
 
 SaveStudent = Callable[..., Path]
 
@@ -86,15 +93,28 @@ def test_a_context_of_exactly_the_longest_sample_fits(
     check(student, save_student(tmp_path / "teacher"), labels)
 
 
-def test_labels_with_a_varying_number_of_tokens_are_refused(
-    tmp_path: Path, save_student: SaveStudent, labels: LabelSource
+def test_labels_with_a_varying_number_of_tokens_fit(
+    tmp_path: Path, save_student: SaveStudent, tiny_model: Callable[..., Any]
 ) -> None:
-    kind = MassSpec(mass=0.9, cap=4)
-    spec = make_spec(vocab_size=40).model_copy(update={"kind": kind})
-    LabelStore(labels.store).create(spec, {})  # its labels come from the top-8 set
+    """As many tokens as reach a mass: the rows of one batch store different numbers of them."""
+    spec = make_spec(vocab_size=VOCAB_SIZE, kind=MassSpec(mass=0.5, cap=6))
+    samples = [make_sample(number, spec, num_tokens=4) for number in range(3)]
+    store = LabelStore(str(tmp_path / "store"), create=True)
+    label_set = store.create(spec, {})
+    label_set.append(samples, {})
+    requests = (SampleRequest(s.key, s.sample_index, s.prompt_ids_P, None, ()) for s in samples)
+    selection = Selection(tuple(requests)).save(store.objects)
+    source = LabelSource(store=store.uri, label_set=label_set.key, selection=selection)
     student = save_student(tmp_path / "student")
-    with pytest.raises(PreflightError, match=r"kind 'mass'.* use a label set of kind topk"):
-        check(student, student, labels.model_copy(update={"label_set": spec.key}))
+    check(student, student, source)
+    reader = LabelReader(source)
+    batch = collate(reader.read(range(3)), "sampled", reader.spec)
+    stored = (batch.labels.topk_ids_MK != PADDING_ID).sum(dim=-1)
+    assert len(set(stored.tolist())) > 1
+    model = Student(tiny_model(), HybridLossConfig(), reader.vocab_size)
+    terms = model(batch, StepState(step=0, total_steps=1))
+    assert bool(torch.isfinite(terms.total))
+    terms.total.backward()
 
 
 def test_a_loss_whose_columns_are_not_stored_is_refused_naming_them(labels: LabelSource) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from student_train.config import OptimizerConfig
 from student_train.schedules import StepState, learning_rate
 
-SHAPES = ["cosine", "linear", "constant"]
+SHAPES = ["cosine", "linear", "constant", "wsd"]
 
 
 def rates(total: int, **settings: object) -> list[float]:
@@ -37,6 +37,12 @@ def test_the_cosine_decay_is_half_way_down_in_the_middle() -> None:
 
 def test_the_constant_schedule_ignores_the_floor() -> None:
     assert rates(3, warmup_ratio=0.0, schedule="constant", min_lr_ratio=0.0) == [1.0] * 3
+
+
+def test_wsd_stays_at_the_peak_and_falls_at_the_end() -> None:
+    # progress 0, 1/8, ..., 1; the last half of it falls from 1 to 0.2 in four equal steps
+    found = rates(9, warmup_ratio=0.0, schedule="wsd", decay_ratio=0.5, min_lr_ratio=0.2)
+    assert found == pytest.approx([1.0] * 5 + [0.8, 0.6, 0.4, 0.2])
 
 
 @pytest.mark.parametrize("schedule", SHAPES)

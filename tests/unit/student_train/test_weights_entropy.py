@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from storage.columns import POWERS
+from student_train.weights.config import POWER_SUM_COLUMNS
 from tests.unit.student_train.weight_rows import (
     UNIFORM,
     V,
@@ -25,7 +25,7 @@ def test_entropy_is_that_of_shannon_over_its_largest_value() -> None:
     assert_blend(weigh(rows_of(p_MV), "entropy"), expected_M)
 
 
-@pytest.mark.parametrize("gamma", sorted(POWERS.values()))
+@pytest.mark.parametrize("gamma", sorted(POWER_SUM_COLUMNS))
 def test_the_power_sum_is_scaled_between_one_hot_and_uniform(gamma: float) -> None:
     p_MV = random_teachers(6)
     expected_M = ((p_MV**gamma).sum(dim=-1) - 1) / (V ** (1 - gamma) - 1)

@@ -20,7 +20,7 @@ from storage.selection import SampleRequest
 from storage.testing import make_spec
 from teacher_server.dense_rows import joined, label_rows
 
-NAMES = ("entropy", "power_sum_10", "power_sums")
+NAMES = ("entropy", "power_sum_10", "power_sum_200", "power_sum_400", "power_sums")
 FIELDS = (
     "token_logprob_N",
     "token_rank_N",

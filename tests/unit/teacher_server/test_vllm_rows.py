@@ -17,7 +17,13 @@ from teacher_server.backends.vllm_samples import EngineRows, to_sample
 
 PADDING = 5
 FLOAT32_NATS = 2e-5
-ALL_SCALARS: tuple[ColumnSpec, ...] = ("entropy", "power_sum_10", "power_sums")
+ALL_SCALARS: tuple[ColumnSpec, ...] = (
+    "entropy",
+    "power_sum_10",
+    "power_sum_200",
+    "power_sum_400",
+    "power_sums",
+)
 
 
 def random_logits(num_rows: int, width: int, *, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,169 @@
+"""Send a run to a cluster as a Ray job, follow it, and end as it ended."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shlex
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline.cluster import RAY_ENVIRONMENT
+from pipeline.config import RunConfig
+from pipeline.layout import PACKAGES
+from pipeline.stopping import EXIT_CODE
+from storage.errors import ConfigError, DistillError
+from storage.objects import REMOTE_SCHEMES
+
+STOP_GRACE_S = 120
+"""A job that is asked to stop finishes its batches and commits; Ray's default of 3 s kills it."""
+POLL_S = 0.5
+STARTING_S = 120
+STILL_STARTING = "No available agent"
+"""What the job server says of a head that has just started."""
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the driver of a submitted job."""
+
+
+class ClusterError(DistillError):
+    """The cluster does not answer or does not take the job."""
+
+
+def require_lasting_paths(config: RunConfig) -> None:
+    """A job runs in a directory that Ray deletes: what it makes must lie elsewhere.
+
+    Raises:
+        ConfigError: if the store or the run folder is a relative path.
+    """
+    for name, path in (("store", config.store), ("runs", config.runs)):
+        local = not path.startswith((*REMOTE_SCHEMES, "file://"))
+        if local and not Path(path).expanduser().is_absolute():
+            raise ConfigError(
+                f"{name} {path!r} is a relative path: a job would write it to a directory that Ray "
+                f"deletes; use an absolute path on a file system of the whole cluster"
+                + (" or a bucket" if name == "store" else "")
+            )
+
+
+def runs_as_job() -> bool:
+    """Whether this process is the driver of a submitted job."""
+    return JOB_VARIABLE in os.environ
+
+
+def entrypoint(config: Path, overrides: Sequence[str], working_dir: Path) -> str:
+    """The command line of the job.
+
+    Raises:
+        ConfigError: if the working directory lacks our packages or the configuration.
+    """
+    missing = [name for name in PACKAGES if not (working_dir / name / "__init__.py").is_file()]
+    if missing:
+        raise ConfigError(
+            f"working directory {str(working_dir)!r} has no package {missing[0]!r}, workers get "
+            "theirs from it; submit from a checkout of distillcache or name it by --working-dir"
+        )
+    try:
+        relative = config.resolve().relative_to(working_dir.resolve())
+    except ValueError:
+        raise ConfigError(
+            f"config {str(config)!r} is outside of the working directory {str(working_dir)!r}, "
+            "which is all that is uploaded; copy it there"
+        ) from None
+    words = ["python", "-u", "-m", "pipeline", "run", str(relative)]
+    for override in overrides:
+        words += ["--set", override]
+    return shlex.join(words)
+
+
+class JobClient:
+    """A connection to the job server of a cluster.
+
+    Args:
+        address: Of the dashboard, such as ``http://head:8265``; by default Ray's variables say it.
+
+    Raises:
+        ClusterError: if nothing answers there.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        for name, value in RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from ray.job_submission import JobSubmissionClient
+
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        try:
+            self._client: Any = JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"no job server of Ray answers at {address or 'the default address'}: "
+                f"{str(error).splitlines()[0]}; start one (`ray start --head`) or name it by "
+                "--address"
+            ) from error
+
+    def submit(self, command: str, working_dir: Path) -> str:
+        """Upload the working directory and start the job; returns its id.
+
+        The runtime environment holds no credentials: those belong to the nodes.
+
+        Raises:
+            ClusterError: if the job is not taken, for example because too much would be uploaded.
+        """
+        variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}
+        variables |= {name: os.environ[name] for name in ("RAY_AUTH_MODE",)}
+        patience = time.monotonic() + STARTING_S
+        while True:
+            try:
+                job: str = self._client.submit_job(
+                    entrypoint=command,
+                    runtime_env={"working_dir": str(working_dir), "env_vars": variables},
+                )
+            except (RuntimeError, ValueError, OSError) as error:
+                if STILL_STARTING in str(error) and time.monotonic() < patience:
+                    time.sleep(POLL_S)
+                    continue
+                raise ClusterError(f"the cluster did not take the job: {error}") from error
+            return job
+
+    def follow(self, job: str, show: Callable[[str], None]) -> int:
+        """Show what a job prints until it ends; its exit code.
+
+        SIGINT and SIGTERM ask the job to stop and go on following it; a second one leaves it alone.
+        """
+        with self._stops(job):
+            asyncio.run(self._follow(job, show))
+        details = self._client.get_job_info(job)
+        if details.status == "STOPPED":
+            return EXIT_CODE
+        if details.status == "SUCCEEDED":
+            return 0
+        if details.driver_exit_code is None:
+            show(f"job {job} failed: {details.message}\n")
+        return int(details.driver_exit_code or 1)
+
+    async def _follow(self, job: str, show: Callable[[str], None]) -> None:
+        async for text in self._client.tail_job_logs(job):
+            show(text)
+        while not self._client.get_job_status(job).is_terminal():  # the log may end first
+            await asyncio.sleep(POLL_S)
+
+    @contextlib.contextmanager
+    def _stops(self, job: str) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in numbers}
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            for known, handler in before.items():
+                signal.signal(known, handler)
+            self._client.stop_job(job)
+
+        for number in numbers:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for known, handler in before.items():
+                signal.signal(known, handler)
