@@ -3,11 +3,9 @@
 import sys
 from pathlib import Path
 
-from storage.certificate import require_fit_samples
 from storage.errors import DistillError
-from storage.selection import load_selection
-from storage.store import LabelStore
-from student_train.config import LabelSource, TrainJob
+from student_train.config import TrainJob
+from student_train.label_sources import require_fit_labels
 
 
 def main() -> int:
@@ -17,7 +15,7 @@ def main() -> int:
         return 2
     try:
         job = TrainJob.model_validate_json(Path(sys.argv[1]).read_text())
-        _require_fit(job.labels)
+        require_fit_labels((job.labels, *job.mixture))
         from student_train.trainer import train_student
 
         train_student(job)
@@ -25,14 +23,6 @@ def main() -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
-
-
-def _require_fit(source: LabelSource) -> None:
-    """Refuse labels that are known to be wrong, as the pipeline does before it writes a job."""
-    store = LabelStore(source.store)
-    spec = store.open(source.label_set).spec
-    selection = load_selection(store.objects, source.selection)
-    require_fit_samples(store.view(spec), selection.sample_keys)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """From the settings of a training to the labels that its job reads: filters are resolved here."""
 
+from collections.abc import Iterable
+
+from storage.certificate import require_fit_samples
 from storage.filter import FilterConfig, filter_selection
+from storage.selection import load_selection
 from storage.store import LabelStore
 from student_train.config import LabelSource, TrainDataConfig
 
@@ -34,6 +38,19 @@ def resolve_labels(source: LabelSource, data: TrainDataConfig) -> tuple[LabelSou
     ]
     weighted = source.model_copy(update={"weight": data.weight})
     return tuple(_filtered(part, how) for part, how in [(weighted, data.filter), *others])
+
+
+def require_fit_labels(sources: Iterable[LabelSource]) -> None:
+    """Refuse labels that are known to be wrong.
+
+    Raises:
+        UnfitLabelsError: if the newest certificate of a set that serves some of them refuses it.
+    """
+    for source in sources:
+        store = LabelStore(source.store)
+        spec = store.open(source.label_set).spec
+        selection = load_selection(store.objects, source.selection)
+        require_fit_samples(store.view(spec), selection.sample_keys)
 
 
 def _filtered(source: LabelSource, how: FilterConfig) -> LabelSource:

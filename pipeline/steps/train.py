@@ -26,7 +26,7 @@ from student_train.config import (
     TrainConfig,
     TrainJob,
 )
-from student_train.label_sources import resolve_labels
+from student_train.label_sources import require_fit_labels, resolve_labels
 
 RESULT_FILE = "student.json"
 RAY_TRAIN_RESOURCES = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
@@ -204,6 +204,7 @@ def _job(
         selection=plan.selection_keys["train"],
     )
     labels, *mixture = resolve_labels(own, train.data)
+    require_fit_labels(mixture)  # the project's own were looked at before anything was prepared
     job = TrainJob(
         labels=labels,
         mixture=tuple(mixture),

@@ -1,5 +1,6 @@
 """``python -m student_train``: what is refused before a student is trained."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,17 @@ def test_a_damaged_certificate_stops_the_training(
     assert command.main() == 2
     assert trained == []
     assert "00000001.json is not a" in capsys.readouterr().err
+
+
+def test_unfit_labels_of_a_mixture_are_refused(
+    trained: list[TrainJob], labels: LabelSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(labels.store, tmp_path / "good")
+    certify(LabelStore(labels.store).open(labels.label_set), "entropy differs")
+    job = TrainJob.model_validate_json((tmp_path / "job.json").read_text())
+    good = labels.model_copy(update={"store": str(tmp_path / "good")})
+    mixed = job.model_copy(update={"labels": good, "mixture": (labels,)})
+    (tmp_path / "job.json").write_text(mixed.model_dump_json())
+    assert command.main() == 2
+    assert trained == []
+    assert "is unfit" in capsys.readouterr().err
