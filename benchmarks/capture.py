@@ -105,7 +105,7 @@ def memory_goal(bench: Bench, rounds: int) -> harness.Goal:
     )
 
 
-RAY_PATIENCE_S = 420
+RAY_PATIENCE_S = 300
 
 
 # -- Ray Data -------------------------------------------------------------------------------------
