@@ -157,11 +157,10 @@ def run_project(project: Project, steps: Steps = Steps()) -> RunResult:  # noqa:
             teacher, plan = plan_project(project)
         plan = without_quarantined(project, plan)
         if project.config.train is not None and steps.need_students:
-            requests = student_requests(project, teacher)
             if Step.TRAIN not in steps.wanted:
-                require_published(project, requests, plan)
+                require_published(project, student_requests(project, teacher), plan)
             if Step.TRAIN in steps.forced:
-                remove_students(project, requests, plan)
+                remove_students(project, student_requests(project, teacher), plan)
             students = train_project(project, teacher, plan, cluster)
             if Step.EVALUATE in steps.forced:
                 remove_evaluations(project, students, plan)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from storage.certificate import Certificate
 from storage.dense import label_sample_densely
 from storage.keys import (
     ColumnSpec,
@@ -13,10 +14,12 @@ from storage.keys import (
     TopKSpec,
     sample_key,
 )
+from storage.label_set import LabelSet
+from storage.qa import QaConfig
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
 
-__all__ = ["label_sample_densely", "make_sample", "make_spec"]
+__all__ = ["label_sample_densely", "make_certificate", "make_sample", "make_spec"]
 
 
 def make_spec(
@@ -58,3 +61,21 @@ def make_sample(number: int, spec: LabelSetSpec, *, num_tokens: int = 5) -> Labe
     )
     request = SampleRequest(sample_key(prompt_P, 0), 0, prompt_P, None, ())
     return label_sample_densely(request, response_R, logprobs_RV, spec)
+
+
+def make_certificate(label_set: LabelSet, number: int, *reasons: str) -> Certificate:
+    """A certificate that nobody measured; reasons make it unfit."""
+    return Certificate(
+        label_set=label_set.key,
+        number=number,
+        commit=1,
+        num_samples=9,
+        verdict="unfit" if reasons else "fit",
+        reasons=reasons,
+        settings=QaConfig(),
+        agreement=None,
+        drawing=None,
+        coverage=None,
+        created_at="2026-11-22T12:00:00+00:00",
+        provenance={},
+    )

@@ -8,12 +8,10 @@ import pytest
 from storage.certificate import Certificate, is_fit, newest_certificate, publish_certificate
 from storage.compact import compact
 from storage.errors import EditedSpecError, FormatError, LabelStoreError
-from storage.label_set import LabelSet
-from storage.qa import QaConfig
 from storage.quarantine import Quarantine, QuarantinedSample
 from storage.records import parse, to_json
 from storage.repair import Repaired, repair, restore_spec
-from storage.testing import make_sample, make_spec
+from storage.testing import make_certificate, make_sample, make_spec
 
 SPEC = make_spec()
 SAMPLES = [make_sample(number, SPEC) for number in range(9)]
@@ -225,29 +223,12 @@ def test_a_spec_without_any_shard_cannot_be_restored(bench) -> None:
 
 
 # -- certificates and samples in quarantine --------------------------------------------------------
-def certificate(label_set: LabelSet, number: int, *reasons: str) -> Certificate:
-    return Certificate(
-        label_set=label_set.key,
-        number=number,
-        commit=1,
-        num_samples=9,
-        verdict="unfit" if reasons else "fit",
-        reasons=reasons,
-        settings=QaConfig(),
-        agreement=None,
-        drawing=None,
-        coverage=None,
-        created_at="2026-11-22T12:00:00+00:00",
-        provenance={},
-    )
-
-
 @pytest.fixture
 def beside(bench):
     """A set with two certificates, the second of which says unfit, and two samples set aside."""
     label_set = bench.filled(SAMPLES[:7])
-    publish_certificate(label_set, lambda n: certificate(label_set, n))
-    publish_certificate(label_set, lambda n: certificate(label_set, n, "entropy differs"))
+    publish_certificate(label_set, lambda n: make_certificate(label_set, n))
+    publish_certificate(label_set, lambda n: make_certificate(label_set, n, "entropy differs"))
     for sample in SAMPLES[7:]:
         Quarantine(label_set).add(sample.key, "engine died", "three times", {})
     return bench
@@ -310,7 +291,10 @@ def test_an_older_certificate_does_not_count_again(beside) -> None:
     flip(beside.folder() / FILES["certificate"])
     repaired(beside)
     assert newest_certificate(beside.fresh()) is None
-    assert publish_certificate(beside.fresh(), lambda n: certificate(beside.fresh(), n)).number == 1
+    assert (
+        publish_certificate(beside.fresh(), lambda n: make_certificate(beside.fresh(), n)).number
+        == 1
+    )
 
 
 def test_a_damaged_older_certificate_changes_no_verdict(beside) -> None:

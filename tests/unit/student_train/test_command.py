@@ -5,33 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from storage.certificate import Certificate, publish_certificate
+from storage.certificate import publish_certificate
 from storage.label_set import LabelSet
-from storage.qa import QaConfig
 from storage.store import LabelStore
+from storage.testing import make_certificate
 from student_train import __main__ as command
 from student_train import trainer
 from student_train.config import LabelSource, TrainConfig, TrainJob
 
 
 def certify(label_set: LabelSet, *reasons: str) -> None:
-    publish_certificate(
-        label_set,
-        lambda number: Certificate(
-            label_set=label_set.key,
-            number=number,
-            commit=1,
-            num_samples=6,
-            verdict="unfit" if reasons else "fit",
-            reasons=reasons,
-            settings=QaConfig(),
-            agreement=None,
-            drawing=None,
-            coverage=None,
-            created_at="2026-11-22T12:00:00+00:00",
-            provenance={},
-        ),
-    )
+    publish_certificate(label_set, lambda number: make_certificate(label_set, number, *reasons))
 
 
 @pytest.fixture
