@@ -25,6 +25,7 @@ POLL_S = 0.5
 STARTING_S = 120
 STILL_STARTING = "No available agent"
 """What the job server says of a head that has just started."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job."""
 
@@ -128,21 +129,41 @@ class JobClient:
                 raise ClusterError(f"the cluster did not take the job: {error}") from error
             return job
 
-    def follow(self, job: str, show: Callable[[str], None]) -> int:
-        """Show what a job prints until it ends; its exit code.
+    def submit_and_follow(
+        self,
+        command: str,
+        working_dir: Path,
+        *,
+        started: Callable[[str], None],
+        show: Callable[[str], None],
+    ) -> tuple[str, int]:
+        """Start the job and show what it prints until it ends; its id and its exit code.
 
-        SIGINT and SIGTERM ask the job to stop and go on following it; a second one leaves it alone.
+        From before the upload on, SIGINT and SIGTERM ask the job to stop, also one that is only
+        about to start, and following goes on; a second signal leaves the job alone.
+
+        Args:
+            command: Of the job.
+            working_dir: What is uploaded.
+            started: Told the id of the job.
+            show: Told what the job prints.
+
+        Raises:
+            ClusterError: if the job is not taken.
         """
-        with self._stops(job):
+        with self._stops() as stopping:
+            job = self.submit(command, working_dir)
+            stopping.job_is(job)
+            started(job)
             asyncio.run(self._follow(job, show))
         details = self._client.get_job_info(job)
         if details.status == "STOPPED":
-            return EXIT_CODE
+            return job, EXIT_CODE
         if details.status == "SUCCEEDED":
-            return 0
+            return job, 0
         if details.driver_exit_code is None:
             show(f"job {job} failed: {details.message}\n")
-        return int(details.driver_exit_code or 1)
+        return job, int(details.driver_exit_code or 1)
 
     async def _follow(self, job: str, show: Callable[[str], None]) -> None:
         async for text in self._client.tail_job_logs(job):
@@ -151,19 +172,42 @@ class JobClient:
             await asyncio.sleep(POLL_S)
 
     @contextlib.contextmanager
-    def _stops(self, job: str) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.getsignal(number) for number in numbers}
+    def _stops(self) -> Iterator["_Stopping"]:
+        stopping = _Stopping(self._client)
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
         def stop(number: int, frame: FrameType | None) -> None:
-            for known, handler in before.items():
-                signal.signal(known, handler)
-            self._client.stop_job(job)
+            restore()
+            stopping.request()
 
-        for number in numbers:
+        for number in STOP_SIGNALS:
             signal.signal(number, stop)
         try:
-            yield
+            yield stopping
         finally:
-            for known, handler in before.items():
-                signal.signal(known, handler)
+            restore()
+
+
+class _Stopping:
+    """A request to stop a job that may come before the job has an id."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._job: str | None = None
+        self._requested = False
+
+    def request(self) -> None:
+        """Stop the job now, or as soon as it is known."""
+        self._requested = True
+        if self._job is not None:
+            self._client.stop_job(self._job)
+
+    def job_is(self, job: str) -> None:
+        """Which job to stop."""
+        self._job = job
+        if self._requested:
+            self._client.stop_job(job)

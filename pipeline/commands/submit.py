@@ -40,11 +40,20 @@ def submit(
     command = entrypoint(config, overrides or (), working_dir)
     out = console(as_json=as_json)
     client = JobClient(address)
-    job = client.submit(command, working_dir)
-    out.print(f"job {job}: {command}", highlight=False, soft_wrap=True, markup=False)
-    code = 0
-    if not no_wait:
-        code = client.follow(job, lambda text: out.print(text, end="", markup=False))
+
+    def started(job: str) -> None:
+        out.print(f"job {job}: {command}", highlight=False, soft_wrap=True, markup=False)
+
+    code: int | None = None
+    if no_wait:
+        started(job := client.submit(command, working_dir))
+    else:
+        job, code = client.submit_and_follow(
+            command,
+            working_dir,
+            started=started,
+            show=lambda text: out.print(text, end="", markup=False),
+        )
     if as_json:
-        print_json({"job": job, "command": command, "exit_code": None if no_wait else code})
-    raise typer.Exit(code)
+        print_json({"job": job, "command": command, "exit_code": code})
+    raise typer.Exit(code or 0)
