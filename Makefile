@@ -13,6 +13,7 @@ PYTHON ?= $(shell for p in $$(type -ap python3.11) python3; do \
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 UNIT_WORKERS ?= 2
+INTEGRATION_WORKERS ?= 2
 LOCK_ARGS ?=
 
 VENV := .venv
@@ -37,7 +38,8 @@ help: ## List the targets
 	    '                  default index has CUDA builds only' \
 	    '  PYTHON          the Python 3.11 to use; default: the first one on PATH that runs' \
 	    '  PYTEST_ARGS     more words for pytest (test, test-*, soak), such as "-x -k resume"' \
-	    '  UNIT_WORKERS    processes of the unit tier; the other tiers use all cores in one process' \
+	    '  UNIT_WORKERS, INTEGRATION_WORKERS' \
+	    '                  processes of these tiers; e2e is one process' \
 	    '  LOCK_ARGS       more words for uv (lock), such as --upgrade' \
 	    '  PIP_FIND_LINKS  as for pip: directories of wheels, also handed to uv'
 
@@ -126,12 +128,15 @@ setup: ## Make .venv from constraints.txt (uv when on PATH, else pip); does noth
 demo: setup ## Run examples/demo on this machine's CPU: teacher, labels, students, report
 	@$(PY) -m pipeline run examples/demo/run.yaml
 
+PYTEST_WORKERS_unit = -n $(UNIT_WORKERS)
+PYTEST_WORKERS_integration = -n $(INTEGRATION_WORKERS) --dist loadfile
+
 test: test-unit test-integration test-e2e ## Run the three tiers, one after another; each alone: test-unit, test-integration, test-e2e
 
 # pytest fails (exit 5) when a tier has no test.
 test-unit test-integration test-e2e: test-%: setup
 	@echo "== pytest tests/$* =="
-	$(PY) -m pytest tests/$* -m $* $(if $(filter unit,$*),-n $(UNIT_WORKERS)) $(PYTEST_ARGS)
+	$(PY) -m pytest tests/$* -m $* $(PYTEST_WORKERS_$*) $(PYTEST_ARGS)
 
 soak: setup ## Run the long tests under load and faults
 	@$(PY) -m pytest tests/soak -m soak $(PYTEST_ARGS)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.cluster import RAY_ENVIRONMENT
 from pipeline.layout import PACKAGES
 from pipeline.stopping import EXIT_CODE
 from pipeline.submit import JOB_VARIABLE
@@ -36,27 +37,27 @@ def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     dashboard = free_port()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     # the flags name every port, so that no other Ray on this machine is in the way
-    ports = {
-        "port": free_port(),
-        "dashboard-port": dashboard,
-        "ray-client-server-port": free_port(),
-    }
-    head = subprocess.Popen(
-        [
-            *(RAY, "start", "--head", "--block", "--num-cpus=2", "--dashboard-host=127.0.0.1"),
-            *(f"--{name}={port}" for name, port in ports.items()),
-            *("--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=200000000"),
-            *("--disable-usage-stats", f"--temp-dir={folder}"),
-        ],
-        cwd=folder,
-        env={
-            **environment,
-            "RAY_AUTH_MODE": "disabled",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # jobs run its python
-        },
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    names = ["port", "ray-client-server-port", "dashboard-agent-listen-port"]
+    names += ["dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port"]
+    ports = {"dashboard-port": dashboard, **{name: free_port() for name in names}}
+    log = folder / "start.log"
+    with log.open("w") as output:
+        head = subprocess.Popen(
+            [
+                *(RAY, "start", "--head", "--block", "--num-cpus=2", "--dashboard-host=127.0.0.1"),
+                *(f"--{name}={port}" for name, port in ports.items()),
+                *("--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=200000000"),
+                *("--disable-usage-stats", f"--temp-dir={folder}"),
+            ],
+            cwd=folder,
+            env={
+                **environment,
+                **RAY_ENVIRONMENT,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # jobs run its python
+            },
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     from ray.job_submission import JobSubmissionClient
 
     address = f"http://127.0.0.1:{dashboard}"
@@ -66,7 +67,7 @@ def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             JobSubmissionClient(address).list_jobs()
             break
         except Exception:  # noqa: BLE001 - not up yet: several kinds of errors
-            assert head.poll() is None, "ray start failed"
+            assert head.poll() is None, log.read_text()
             waiting.wait(1)
     yield address
     head.send_signal(signal.SIGTERM)  # --block: it ends the processes that it started
