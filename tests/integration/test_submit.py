@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,8 +33,23 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of the job server of a cluster of one node, started away from our packages."""
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python with everything that is locked and without our packages, as the nodes have it."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder)
+    (site_packages,) = folder.glob("lib/*/site-packages")
+    # only its folder: what its own .pth files add, such as this checkout, is not followed
+    (site_packages / "locked.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = folder / "bin" / "python"
+    for package, found in (("ray", 0), ("pipeline", 1)):
+        done = subprocess.run([python, "-c", f"import {package}"], cwd=folder, capture_output=True)
+        assert done.returncode == found, done.stderr
+    return python
+
+
+@pytest.fixture(scope="module")
+def job_server(tmp_path_factory: pytest.TempPathFactory, bare_python: Path) -> Iterator[str]:
+    """Address of the job server of a cluster of one node, which has none of our packages."""
     folder = tmp_path_factory.mktemp("ray")
     dashboard = free_port()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -44,7 +61,16 @@ def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with log.open("w") as output:
         head = subprocess.Popen(
             [
-                *(RAY, "start", "--head", "--block", "--num-cpus=2", "--dashboard-host=127.0.0.1"),
+                *(
+                    bare_python,
+                    "-m",
+                    "ray.scripts.scripts",
+                    "start",
+                    "--head",
+                    "--block",
+                    "--num-cpus=2",
+                    "--dashboard-host=127.0.0.1",
+                ),
                 *(f"--{name}={port}" for name, port in ports.items()),
                 *("--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=200000000"),
                 *("--disable-usage-stats", f"--temp-dir={folder}"),
@@ -53,7 +79,7 @@ def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             env={
                 **environment,
                 **RAY_ENVIRONMENT,
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # jobs run its python
+                "PATH": f"{bare_python.parent}:{os.environ['PATH']}",  # jobs run its python
             },
             stdout=output,
             stderr=subprocess.STDOUT,
