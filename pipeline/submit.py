@@ -14,8 +14,8 @@ from typing import Any
 
 from pipeline.cluster import RAY_ENVIRONMENT
 from pipeline.config import RunConfig
-from pipeline.layout import PACKAGES
 from pipeline.stopping import EXIT_CODE
+from pipeline.upload import EXCLUDED, upload_directory
 from storage.errors import ConfigError, DistillError
 from storage.objects import REMOTE_SCHEMES
 
@@ -59,14 +59,8 @@ def entrypoint(config: Path, overrides: Sequence[str], working_dir: Path) -> str
     """The command line of the job.
 
     Raises:
-        ConfigError: if the working directory lacks our packages or the configuration.
+        ConfigError: if the configuration is not in the working directory.
     """
-    missing = [name for name in PACKAGES if not (working_dir / name / "__init__.py").is_file()]
-    if missing:
-        raise ConfigError(
-            f"working directory {str(working_dir)!r} has no package {missing[0]!r}, workers get "
-            "theirs from it; submit from a checkout of distillcache or name it by --working-dir"
-        )
     try:
         relative = config.resolve().relative_to(working_dir.resolve())
     except ValueError:
@@ -112,22 +106,30 @@ class JobClient:
 
         Raises:
             ClusterError: if the job is not taken, for example because too much would be uploaded.
+            ConfigError: if the working directory cannot be uploaded.
         """
         variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)}
         variables |= {name: os.environ[name] for name in ("RAY_AUTH_MODE",)}
         patience = time.monotonic() + STARTING_S
         while True:
             try:
-                job: str = self._client.submit_job(
-                    entrypoint=command,
-                    runtime_env={"working_dir": str(working_dir), "env_vars": variables},
-                )
+                job = self._submit(command, working_dir, variables)
             except (RuntimeError, ValueError, OSError) as error:
                 if STILL_STARTING in str(error) and time.monotonic() < patience:
                     time.sleep(POLL_S)
                     continue
                 raise ClusterError(f"the cluster did not take the job: {error}") from error
             return job
+
+    def _submit(self, command: str, working_dir: Path, variables: dict[str, str]) -> str:
+        with upload_directory(working_dir) as uploaded:
+            environment = {
+                "working_dir": str(uploaded),
+                "excludes": list(EXCLUDED),
+                "env_vars": variables,
+            }
+            job: str = self._client.submit_job(entrypoint=command, runtime_env=environment)
+        return job
 
     def submit_and_follow(
         self,

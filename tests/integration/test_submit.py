@@ -102,10 +102,9 @@ def job_server(tmp_path_factory: pytest.TempPathFactory, bare_python: Path) -> I
 
 @pytest.fixture
 def working_dir(tmp_path: Path, project_file: Path) -> Path:
-    """A directory with our packages, the prompts and a project that is labelled by the fake."""
+    """A directory with the prompts and a project that is labelled by the fake; no packages."""
     folder = tmp_path / "upload"
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    folder.mkdir()
     tree = yaml.safe_load(project_file.read_text())
     for split in ("train", "heldout"):
         shutil.copy(project_file.parent / f"{split}.jsonl", folder)
@@ -126,7 +125,11 @@ def test_a_project_is_submitted_reused_and_its_end_comes_back(
     ended = json.loads(distill("status", "--store", tmp_path / "labels", "--json").stdout)
     assert [run["state"] for run in ended] == ["finished"]
 
-    # the plain command of Ray does the same; what is cached is not asked for again
+    # the plain command of Ray does the same with a checkout; what is cached is not asked for again
+    for name in PACKAGES:
+        shutil.copytree(
+            ROOT / name, working_dir / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     plain = subprocess.run(
         [
             *(RAY, "job", "submit", "--address", job_server, "--working-dir", str(working_dir)),
