@@ -4,6 +4,7 @@ Every process gets an explicit number of threads, and their sum never exceeds th
 """
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from types import TracebackType
@@ -30,6 +31,12 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+ELASTIC_ENVIRONMENT = {
+    # after a machine is lost, Ray waits so long for the old number of workers before it takes fewer
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "90",
 }
 
 
@@ -65,7 +72,8 @@ class Cluster:
     def ray(self) -> Any:
         """The ray module, connected; the first access starts or joins the cluster."""
         if self._ray is None:
-            for name, value in RAY_ENVIRONMENT.items():
+            elastic = ELASTIC_ENVIRONMENT if self._config.is_elastic else {}
+            for name, value in {**RAY_ENVIRONMENT, **elastic}.items():
                 os.environ.setdefault(name, value)
             import ray
 
@@ -102,7 +110,8 @@ class Cluster:
     @property
     def student_threads(self) -> int:
         """CPU threads of one training process."""
-        return self._config.student_threads or max(1, self.cpus // self._config.student_workers)
+        _, workers = self._config.worker_bounds
+        return self._config.student_threads or max(1, self.cpus // workers)
 
     @property
     def _local_memory_bytes(self) -> int:
@@ -125,6 +134,30 @@ class Cluster:
                 f"{settings} ask for {processes} x {threads} CPUs, this machine gives {self.cpus}; "
                 "lower them, or join a cluster with cluster.address"
             )
+
+    def students_at_once(self, wanted: int) -> int:
+        """How many of the wanted students are trained side by side.
+
+        Raises:
+            ConfigError: if the settings ask for more than this machine has.
+        """
+        fewest, workers = self._config.worker_bounds
+        threads, gpus = self.student_threads, self._config.gpus_per_worker
+        self.require_cpus(
+            fewest * min(wanted, self._config.students_at_once or 1),
+            threads,
+            "cluster.student_workers, cluster.student_threads and cluster.students_at_once",
+        )
+        if self._config.students_at_once is not None:
+            return min(wanted, self._config.students_at_once)
+        if self._config.is_elastic:
+            return 1
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        places = sum(
+            int(min(n.get("CPU", 0) // threads, n.get("GPU", 0) // gpus if gpus else math.inf))
+            for n in nodes
+        )
+        return max(1, min(wanted, places // workers))
 
     def options(self, *, threads: int, gpus: float = 0, env: Mapping[str, str] = {}) -> Any:
         """Ray options of a task or actor: its share of the machine and its environment."""

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -18,8 +18,23 @@ from teacher_server.config import DataConfig, LabelConfig, TeacherConfig
 Tree = dict[str, Any]
 Model = TypeVar("Model", bound=Config)
 
-UNION_TAG = re.compile(r"str|function-.*|[A-Z]\w*Config")
-"""What pydantic adds to a path where a value may be text or a section."""
+UNION_TAG = re.compile(r"str|(constrained-)?int|function-.*|[A-Z]\w*Config")
+"""What pydantic adds to a path where a value may be text, a number or a section."""
+
+
+class WorkerRangeConfig(Config):
+    """As many processes as the cluster has room for: a training grows and shrinks with it."""
+
+    min: int = Field(default=1, ge=1)
+    """With fewer, it waits."""
+    max: int = Field(ge=1)
+    """It never takes more."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkerRangeConfig":
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
 
 
 class ClusterConfig(Config):
@@ -30,14 +45,44 @@ class ClusterConfig(Config):
     anything else is the address of a cluster. ``RAY_ADDRESS`` wins where it is set."""
     cpus: int | None = Field(default=None, ge=1)
     """CPUs that a local Ray may use; all by default."""
-    student_workers: int = Field(default=1, ge=1)
-    """Processes (ranks) that train one student."""
+    student_workers: Annotated[int, Field(ge=1)] | WorkerRangeConfig = 1
+    """Processes (ranks) that train one student. ``{min: 1, max: 4}`` lets it grow and shrink with a
+    cluster whose machines come and go; every change costs a restart from the last checkpoint."""
+    students_at_once: int | None = Field(default=None, ge=1)
+    """Students that are trained at the same time; by default as many as the cluster has CPUs and
+    GPUs for, one where ``student_workers`` is a range."""
+    student_restarts: int = Field(default=2, ge=0)
+    """How often a training whose processes died begins again from its last checkpoint; one that got
+    further meanwhile starts counting anew. The other students are trained in any case."""
     student_threads: int | None = Field(default=None, ge=1)
     """CPU threads of each of them; by default the CPUs are shared out evenly."""
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs of each training process; engines take ``teacher.backend.tensor_parallel``."""
     teacher_gpus: bool = False
     """Whether engines run on GPUs."""
+    engine_hour_cost: float | None = Field(default=None, ge=0)
+    """What one teacher engine costs per hour, in any currency: shown and noted while labelling."""
+
+    @model_validator(mode="after")
+    def _one_elastic_student(self) -> "ClusterConfig":
+        if self.is_elastic and (self.students_at_once or 1) > 1:
+            raise ValueError(
+                "student_workers is a range, and several students_at_once would each reckon with "
+                "the whole cluster; give a number of student_workers, or one student at once"
+            )
+        return self
+
+    @property
+    def worker_bounds(self) -> tuple[int, int]:
+        """Fewest and most processes of one student."""
+        workers = self.student_workers
+        return (workers, workers) if isinstance(workers, int) else (workers.min, workers.max)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether trainings grow and shrink."""
+        low, high = self.worker_bounds
+        return low < high
 
 
 class RunConfig(Config):
@@ -230,7 +275,8 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
 
 def _is_noise(problem: Any) -> bool:
     """A section where text is allowed too: what is wrong inside the section is what matters."""
-    return problem["loc"][-1:] == ("str",) and isinstance(problem["input"], Mapping)
+    plain = problem["loc"][-1:] in (("str",), ("int",), ("constrained-int",))
+    return plain and isinstance(problem["input"], Mapping)
 
 
 def _settings_path(model: type[BaseModel], location: Sequence[Any]) -> list[str]:

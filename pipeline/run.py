@@ -50,8 +50,9 @@ class RunResult:
 
 def plan_project(project: Project) -> tuple[PreparedTeacher, Plan]:
     """Teacher and plan; no teacher call."""
-    teacher = prepare_teacher(project)
-    return teacher, make_plan(project, teacher)
+    with project.at("plan"):
+        teacher = prepare_teacher(project)
+        return teacher, make_plan(project, teacher)
 
 
 def labelled_plan(project: Project) -> tuple[PreparedTeacher, Plan]:
@@ -78,9 +79,11 @@ def label_project(
         project.say(f"skipped {row}")
     if plan.skipped_rows:
         project.say(f"{len(plan.skipped_rows)} unusable rows skipped (data.on_bad_row: skip)")
-    done = label_missing(project, plan, teacher, cluster, retry_quarantined=retry_quarantined)
+    with project.at("label"):
+        done = label_missing(project, plan, teacher, cluster, retry_quarantined=retry_quarantined)
     aside = len(done.quarantined)
     cached = len(plan.requests()) - done.num_labelled - aside
+    project.metrics.add("samples_cached_total", cached)
     if done.num_labelled == 0 and not aside:
         project.say(f"labels: all {cached} samples are cached, the teacher was called 0 times")
     else:
@@ -113,6 +116,20 @@ def train_project(
         NotLabelledError: if labels are missing.
         UnfitLabelsError: if the newest certificate of their set refuses them.
     """
+    with project.at("train"):
+        students = _train_project(project, teacher, plan, cluster)
+    for student in students:
+        state = "already published, skipped" if student.was_published else "trained"
+        project.say(
+            f"student {student.name}: {state} (teacher forward tokens: "
+            f"{student.result['teacher_forward_tokens']})"
+        )
+    return students
+
+
+def _train_project(
+    project: Project, teacher: PreparedTeacher, plan: Plan, cluster: Cluster
+) -> list[TrainedStudent]:
     if project.config.train is None:
         raise ConfigError("the config has no section train; add one to train students")
     wanted = plan.selections["train"].sample_keys
@@ -126,14 +143,7 @@ def train_project(
     requested_label_set(project, plan, teacher)
     require_fit_samples(view, [request.key for request in plan.requests()])
     requests = student_requests(project, teacher)
-    students = train_students(project, requests, plan=plan, teacher=teacher, cluster=cluster)
-    for student in students:
-        state = "already published, skipped" if student.was_published else "trained"
-        project.say(
-            f"student {student.name}: {state} (teacher forward tokens: "
-            f"{student.result['teacher_forward_tokens']})"
-        )
-    return students
+    return train_students(project, requests, plan=plan, teacher=teacher, cluster=cluster)
 
 
 def run_project(project: Project, steps: Steps = Steps()) -> RunResult:  # noqa: B008 - frozen
@@ -142,6 +152,7 @@ def run_project(project: Project, steps: Steps = Steps()) -> RunResult:  # noqa:
     Raises:
         NotLabelledError, NotTrainedError: if a step is wanted whose inputs are not there.
     """
+    from pipeline.preflight import require_fit_before_labels
     from pipeline.steps.report import remove_report, write_report
 
     labelled = 0
@@ -151,6 +162,9 @@ def run_project(project: Project, steps: Steps = Steps()) -> RunResult:  # noqa:
         forget_plans(project)
     with Cluster(project.config.cluster) as cluster:
         if Step.LABEL in steps.wanted:
+            if project.config.train is not None and steps.need_students:
+                with project.at("preflight"):
+                    require_fit_before_labels(project)
             teacher, plan, done = label_project(project, cluster)
             labelled = done.num_labelled
         else:
@@ -171,7 +185,8 @@ def run_project(project: Project, steps: Steps = Steps()) -> RunResult:  # noqa:
         if Step.REPORT in steps.forced:
             remove_report(project)
         if Step.REPORT in steps.wanted:
-            write_report(project, plan, teacher, students, evaluations)
+            with project.at("report"):
+                write_report(project, plan, teacher, students, evaluations)
     return RunResult(plan, labelled, students, evaluations)
 
 

@@ -45,7 +45,11 @@ STEPS_SCHEMA = pa.schema(
         pa.field("step", pa.int64()),
         *(
             pa.field(name, pa.float64())
-            for name in ("lr", "loss", "soft", "hard", "soft_weight", "agreement", "seconds")
+            for name in (
+                *("lr", "loss", "soft", "hard", "soft_weight", "agreement", "overlap"),
+                *("student_topk_mass", "teacher_topk_mass", "grad_norm", "t"),
+                *("seconds", "tokens_per_s", "data_wait_share", "memory_gib"),
+            )
         ),
         pa.field("supervised_tokens", pa.int64()),
         pa.field("tokens", pa.int64()),

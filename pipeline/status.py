@@ -177,7 +177,10 @@ class StatusBoard:
             self._status = self._status.model_copy(update={"heard_at": utc_now()})
             status = self._status
         path = f"{PREFIX}/{status.project}/{status.name}.json"
+        root = self._objects.root
         try:
+            if root is not None and not root.is_dir():
+                raise StoreAccessError(f"store {self._objects.uri!r} is gone")  # not made anew here
             self._objects.upload(path, status.model_dump_json(indent=1).encode())
         except StoreAccessError as error:
             if not self._warned:

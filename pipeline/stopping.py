@@ -23,21 +23,29 @@ class StopRequest:
         self.requested = False
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 @contextmanager
 def stop_on_sigterm() -> Iterator[StopRequest]:
-    """Within the block, the first SIGTERM is a request; the second one ends the process."""
+    """Within the block, the first SIGTERM or SIGINT is a request; the second ends the process."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.requested = True
-        signal.signal(signal.SIGTERM, before)
+        restore()
 
-    signal.signal(signal.SIGTERM, request)
+    for number in STOP_SIGNALS:
+        signal.signal(number, request)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore()

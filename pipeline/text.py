@@ -1,9 +1,12 @@
-"""How sizes and labels are written for people."""
+"""How sizes, labels and errors are written for people."""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from storage.keys import LabelSetSpec
+
+
+ERROR_CHARACTERS = 2000
 
 
 def human_bytes(count: float) -> str:
@@ -13,6 +16,18 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def error_text(error: BaseException) -> str:
+    """Class and message of an error; of one that holds a traceback as text, its last line.
+
+    Errors that come from other processes through Ray are such: the whole text is in the logs.
+    """
+    text = str(error).strip()
+    name = type(error).__name__
+    if name.startswith("RayTaskError") or "Traceback (most recent call last)" in text:
+        return text.rsplit("\n", 1)[-1][:ERROR_CHARACTERS]
+    return f"{name}: {text}"[:ERROR_CHARACTERS]
 
 
 def kind_text(spec: "LabelSetSpec") -> str:

@@ -71,12 +71,14 @@ def concat(parts: Sequence[Entries]) -> Entries:
     return Entries(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
-def parse_keys(keys: Sequence[str]) -> Keys:
-    """Sample keys from hex, uint64[N, 2].
+def parse_keys(keys: Sequence[str] | Keys) -> Keys:
+    """Sample keys from hex, uint64[N, 2]; what is parsed already is returned as it is.
 
     Raises:
         BadKeyError: if one is not 32 hex digits.
     """
+    if isinstance(keys, np.ndarray):
+        return keys
     try:
         data = bytes.fromhex("".join(keys))
     except (ValueError, TypeError):

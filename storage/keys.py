@@ -316,9 +316,48 @@ def sampling_seed(seed: int, key: str) -> int:
 
 def _digest_of_ids(domain: str, *parts: Ids) -> str:
     """Hash integer lists; lengths go in first, so two splits of the same ids differ."""
-    state = hashlib.sha256(f"distillcache {domain} v1\0".encode())
+    state = _domain(domain)
     for part in parts:
         array = np.asarray(part, dtype="<i8")
         state.update(array.size.to_bytes(8, "little"))
         state.update(array.tobytes())
     return state.hexdigest()[:KEY_HEX_DIGITS]
+
+
+def _domain(name: str) -> "hashlib._Hash":
+    """A digest that nothing was added to."""
+    return hashlib.sha256(f"distillcache {name} v1\0".encode())
+
+
+def sample_keys(
+    prompts: Sequence[memoryview],
+    sample_index: Sequence[int],
+    given: Sequence[Sequence[memoryview]],
+) -> npt.NDArray[np.uint64]:
+    """Addresses of many samples, uint64[N, 2]: as :func:`sample_key`, at a tenth of its cost.
+
+    Args:
+        prompts: Token ids of the prompts, each as the bytes of little-endian 64-bit integers.
+        sample_index: Numbers of the responses to their prompts.
+        given: Response and label mask of every sample as such bytes; empty where it is generated.
+    """
+    of_prompt, of_sample = (_domain(name) for name in ("prompt", "sample"))
+    digests = []
+    for prompt, number, parts in zip(prompts, sample_index, given, strict=True):
+        data = _sized(prompt)
+        head, state = of_prompt.copy(), of_sample.copy()
+        head.update(data)
+        state.update(data + _ONE + number.to_bytes(8, "little", signed=True))
+        for part in parts:
+            state.update(_sized(part))
+        digests.append(head.digest()[: PROMPT_HEX_DIGITS // 2])
+        digests.append(state.digest()[PROMPT_HEX_DIGITS // 2 : KEY_HEX_DIGITS // 2])
+    return np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2).astype(np.uint64)
+
+
+_ONE = (1).to_bytes(8, "little")
+
+
+def _sized(ids: memoryview) -> bytes:
+    """A list of 64-bit integers with its length in front."""
+    return (ids.nbytes // 8).to_bytes(8, "little") + ids

@@ -10,6 +10,7 @@ Layout below ``label_sets/<label set key>/`` (``docs/format.md`` section 1)::
     shards/<name>.labels.arrow, <name>.samples.arrow
 """
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from storage.errors import NotLabelledError, ShardCorruptError
-from storage.index import INDEX_SCHEMA, parse_keys
+from storage.held import HeldBatches
+from storage.index import INDEX_SCHEMA, format_keys, parse_keys
 from storage.ipc import ArrowFile
+from storage.label_batch import LabelBatch
 from storage.log import MERGE_FACTOR, CommitLog, is_dropped
 from storage.objects import Objects
+from storage.partitions import Keys
 from storage.records import FileRecord, IndexRecord, LabelSetDocument, Name, ShardRecord
 from storage.sample_index import Located, SampleIndex
 from storage.samples import LabelledSample
@@ -93,10 +97,10 @@ class LabelSet:
         self._missed: set[str] = set()
         self._missed_as_of = 0
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
-        self._decoded: OrderedDict[tuple[str, int], dict[int, LabelledSample]] = OrderedDict()
-        self._decoded_bytes = 0
-        self.held_bytes, self.held_shards = HELD_BYTES, HELD_SHARDS
-        """What reading keeps decoded and open; readers of many places at once raise it."""
+        self.held: HeldBatches = HeldBatches(HELD_BYTES)
+        """Batches that reading keeps decoded; readers of many places at once raise its limit."""
+        self.held_shards = HELD_SHARDS
+        """Shards that reading keeps open."""
         self.cache: ShardCache | None = None
         """Where copies of remote shards are kept; None to read them in place."""
 
@@ -127,7 +131,7 @@ class LabelSet:
                 self.partition_bits = record.partition_bits
             self.dropped = is_dropped([record], before=self.dropped)
 
-    def contains(self, keys: Sequence[str], *, fresh: bool = True) -> npt.NDArray[np.bool_]:
+    def contains(self, keys: Sequence[str] | Keys, *, fresh: bool = True) -> npt.NDArray[np.bool_]:
         """bool[N]: which of the sample keys are stored; opens no shard.
 
         Args:
@@ -173,7 +177,7 @@ class LabelSet:
             self._missed, self._missed_as_of = set(missing), self.log.last
         return missing
 
-    def locate(self, keys: Sequence[str]) -> Located:
+    def locate(self, keys: Sequence[str] | Keys) -> Located:
         """Where the samples lie and how long they are; opens no shard.
 
         Raises:
@@ -185,9 +189,10 @@ class LabelSet:
             located = self.ask(lambda index: index.locate(parsed))
         if not located.found.all():
             absent = np.flatnonzero(~located.found)
+            (first,) = format_keys(parsed[absent[:1]])
             raise NotLabelledError(
                 f"label set {self.key} lacks {len(absent)} of {len(keys)} samples "
-                f"(the first is {keys[absent[0]]}); run `distill label` first"
+                f"(the first is {first}); run `distill label` first"
             )
         return located
 
@@ -248,7 +253,7 @@ class LabelSet:
                 try:
                     sample = self._sample(shard, row, first_row)
                 except FileNotFoundError as error:
-                    self._require_moved(shard, error)
+                    self.require_moved(shard, error)
                     break
                 if sample is None or sample.key != keys[start]:
                     raise ShardCorruptError(
@@ -259,31 +264,32 @@ class LabelSet:
                 start += 1
 
     def _sample(self, shard: ShardRecord, row: int, first_row: int) -> LabelledSample | None:
-        ends = list(accumulate(shard.batch_rows))
-        number = int(np.searchsorted(ends, first_row, side="right"))
-        if number == len(ends):
+        number = bisect_right(list(accumulate(shard.batch_rows)), first_row)
+        if number == len(shard.batch_rows):
             return None
-        if (shard.name, number) not in self._decoded:
-            self._hold(shard, number)
-        self._decoded.move_to_end((shard.name, number))
-        return self._decoded[shard.name, number].get(row)
+        batch: LabelBatch = self.held.get((shard.name, number), lambda: self.decode(shard, number))
+        place = int(np.searchsorted(batch.rows_S, row))
+        if place == len(batch) or batch.rows_S[place] != row:
+            return None
+        return batch.sample(place)
 
-    def _hold(self, shard: ShardRecord, number: int) -> None:
-        """Decode a batch; the last used ones stay in memory."""
+    def decode(self, shard: ShardRecord, number: int) -> LabelBatch:
+        """A record batch of a shard, verified.
+
+        Raises:
+            FileNotFoundError: if a file of the shard does not exist.
+            ShardCorruptError: if the bytes differ from what was committed.
+            BadLabelError: if a label cannot be one.
+        """
         try:
-            self._decoded[shard.name, number] = dict(self.reader(shard).batch(number))
+            return self.reader(shard).batch(number)
         except ShardCorruptError as error:
             raise type(error)(
                 f"{error}; with it the {shard.num_samples} samples of shard {shard.name} are lost: "
                 "after `distill repair`, `distill label` asks for them again"
             ) from error
-        self._decoded_bytes += shard.batch_rows[number] * self.spec.kind.width * 8
-        while self._decoded_bytes > self.held_bytes and len(self._decoded) > 1:
-            _, samples = self._decoded.popitem(last=False)
-            rows = sum(len(sample.positions_N) for sample in samples.values())
-            self._decoded_bytes -= rows * self.spec.kind.width * 8
 
-    def _require_moved(self, shard: ShardRecord, error: FileNotFoundError) -> None:
+    def require_moved(self, shard: ShardRecord, error: FileNotFoundError) -> None:
         """A missing file is no damage if the shard was replaced meanwhile.
 
         Raises:
@@ -309,6 +315,7 @@ class LabelSet:
                 self.spec,
                 shard.batch_rows,
                 name=f"{self.objects.uri}/{self.shard_path(shard.name, 'labels')}",
+                held=self.held,
             )
             if len(self._readers) > self.held_shards:
                 self._readers.popitem(last=False)

@@ -4,15 +4,19 @@ The dropped ids go into the tail, so the narrowed label is as exact as the store
 """
 
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
 from storage.columns import arrow_columns
 from storage.keys import CountsSpec, LabelSetSpec
+from storage.label_batch import LabelBatch
 from storage.labels import label_kind
 from storage.labels.base import UNUSED_ID
 from storage.samples import LabelledSample
 from storage.tail import LOG_ZERO
+
+Labels = TypeVar("Labels", LabelledSample, LabelBatch)
 
 
 def satisfies(stored: LabelSetSpec, wanted: LabelSetSpec) -> bool:
@@ -32,29 +36,28 @@ def satisfies(stored: LabelSetSpec, wanted: LabelSetSpec) -> bool:
     )
 
 
-def narrow(sample: LabelledSample, wanted: LabelSetSpec) -> LabelledSample:
-    """A sample with no more than ``wanted`` asks for.
+def narrow(labels: Labels, wanted: LabelSetSpec) -> Labels:
+    """A sample, or a batch of them, with no more than ``wanted`` asks for.
 
     Args:
-        sample: Of a label set that satisfies ``wanted``, or captured with at least its width.
+        labels: Of a label set that satisfies ``wanted``, or captured with at least its width.
         wanted: Spec of the labels to make.
     """
     width = wanted.kind.width
     kept_columns = arrow_columns(wanted)
-    heads_N = label_kind(wanted.kind).head_sizes(sample.topk_logprobs_NK)
-    stored = np.arange(sample.topk_ids_NK.shape[1])
-    kept_NK = (stored < heads_N[:, None]) & (sample.topk_ids_NK != UNUSED_ID)
-    dropped_NK = np.where(kept_NK, -np.inf, sample.topk_logprobs_NK.astype(np.float64))
+    heads_N = label_kind(wanted.kind).head_sizes(labels.topk_logprobs_NK)
+    stored = np.arange(labels.topk_ids_NK.shape[1])
+    kept_NK = (stored < heads_N[:, None]) & (labels.topk_ids_NK != UNUSED_ID)
+    head_NK = kept_NK[:, :width]
+    dropped_NK = np.where(kept_NK, -np.inf, labels.topk_logprobs_NK.astype(np.float64))
     tail_N = np.logaddexp(
-        sample.log_tail_mass_N.astype(np.float64),
+        labels.log_tail_mass_N.astype(np.float64),
         np.logaddexp.reduce(dropped_NK, axis=1, initial=-np.inf),
     )
     return replace(
-        sample,
-        topk_ids_NK=np.where(kept_NK, sample.topk_ids_NK, UNUSED_ID)[:, :width],
-        topk_logprobs_NK=np.where(kept_NK, sample.topk_logprobs_NK, -np.inf).astype(np.float32)[
-            :, :width
-        ],
+        labels,
+        topk_ids_NK=np.where(head_NK, labels.topk_ids_NK[:, :width], UNUSED_ID),
+        topk_logprobs_NK=np.where(head_NK, labels.topk_logprobs_NK[:, :width], np.float32(-np.inf)),
         log_tail_mass_N=np.maximum(tail_N, LOG_ZERO).astype(np.float32),
-        optional={name: values for name, values in sample.optional.items() if name in kept_columns},
+        optional={name: values for name, values in labels.optional.items() if name in kept_columns},
     )

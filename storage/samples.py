@@ -25,6 +25,9 @@ ROUNDING_NATS = 1 / 512
 TOKEN_TOLERANCE_NATS = 2e-3
 """Allowed difference between the sampled token's log-prob and its entry in the top-k."""
 
+CHECKED_ROWS = 512
+"""Rows whose probabilities are summed at a time."""
+
 Int32s = npt.NDArray[np.int32]
 Float32s = npt.NDArray[np.float32]
 
@@ -72,6 +75,16 @@ class LabelledSample:
     def token_ids_N(self) -> Int32s:
         """int32[N]: the response token at every labelled position (the hard label)."""
         return self.response_ids_R[self.positions_N]
+
+    @property
+    def optional_names(self) -> frozenset[str]:
+        """Names of the optional columns."""
+        return frozenset(self.optional)
+
+    def optional_column(self, name: str) -> npt.NDArray[Any]:
+        """One of the optional columns."""
+        column: npt.NDArray[Any] = self.optional[name]
+        return column
 
     @property
     def label_mask_R(self) -> npt.NDArray[np.bool_]:
@@ -223,6 +236,18 @@ def check_rows(
         smallest = 0 if column == "token_id" else lowest
         if ids.min(initial=smallest) < smallest or ids.max(initial=0) >= spec.vocab_size:
             raise VocabularyError(f"{name}: {column} leaves the vocabulary {spec.vocab_size}")
-    mass_N = np.exp(logprobs_NK).sum(axis=1) + np.exp(scalars["log_tail_mass"])
+    mass_N = _sums_of_exp(logprobs_NK) + np.exp(scalars["log_tail_mass"])
     good_N = np.abs(mass_N - 1.0) <= MASS_TOLERANCE + rounding
     require_rows(good_N, f"{name}: probabilities do not sum to 1", MassError)
+
+
+def _sums_of_exp(logprobs_NK: Float32s) -> Float32s:
+    """float32[N]: of every row; some rows at a time, so that what is in between stays in cache."""
+    sums_N = np.empty(len(logprobs_NK), dtype=np.float32)
+    scratch = np.empty((CHECKED_ROWS, logprobs_NK.shape[1]), dtype=np.float32)
+    ones_K = np.ones(logprobs_NK.shape[1], dtype=np.float32)
+    for start in range(0, len(sums_N), CHECKED_ROWS):
+        rows = slice(start, start + CHECKED_ROWS)
+        exp_nK = np.exp(logprobs_NK[rows], out=scratch[: len(sums_N[rows])])
+        np.matmul(exp_nK, ones_K, out=sums_N[rows])  # faster than sum
+    return sums_N

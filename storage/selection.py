@@ -5,7 +5,8 @@ cannot change an experiment. A selection holds the token ids of its prompts, so 
 training and inspection need neither the prompt files nor a tokenizer.
 """
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,97 +14,94 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from storage.errors import FormatError, LabelStoreError
+from storage.index import format_keys, parse_keys
 from storage.ipc import ArrowFile, encode_file
-from storage.keys import key_of, sample_key
+from storage.keys import KEY_HEX_DIGITS
 from storage.objects import Objects
+from storage.partitions import Keys
+from storage.request_columns import REQUEST_SCHEMA, Held, identities, keys_of_batch
+from storage.request_table import RequestTable
+from storage.requests import SampleRequest, Source
 from storage.schema import FORMAT_VERSION
 
-BATCH_SAMPLES = 2**14
-"""Samples of a record batch."""
+__all__ = [
+    "SELECTION_SCHEMA",
+    "SampleRequest",
+    "Selection",
+    "SelectionIndex",
+    "Source",
+    "load_selection",
+    "load_selection_index",
+]
 
 SELECTION_SCHEMA = pa.schema(
-    [
-        pa.field("sample_key", pa.string(), nullable=False),
-        pa.field("sample_index", pa.int32(), nullable=False),
-        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("response_ids", pa.list_(pa.int32())),
-        pa.field("label_mask", pa.list_(pa.bool_())),
-        pa.field("source_file", pa.list_(pa.string()), nullable=False),
-        pa.field("source_line", pa.list_(pa.int32()), nullable=False),
-        pa.field("source_id", pa.list_(pa.string()), nullable=False),
-    ],
+    [pa.field("sample_key", pa.string(), nullable=False), *REQUEST_SCHEMA],
     metadata={"distillcache.format": str(FORMAT_VERSION), "distillcache.table": "selection"},
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a prompt was read."""
-
-    file: str
-    line: int
-    """1-based line of a JSONL file, 0-based row of a Parquet file or dataset plus one."""
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRequest:
-    """One sample to be labelled, or looked up."""
-
-    key: str
-    sample_index: int
-    prompt_ids_P: npt.NDArray[np.int32]
-    """int32[P]: tokens given to the teacher."""
-    response_ids_R: npt.NDArray[np.int32] | None
-    """int32[R]: the known response, None where the teacher has to answer. Known are those of score
-    mode, and stored answers that are scored again for more labels."""
-    sources: tuple[Source, ...]
-    """Every row that asked for this sample; equal prompts are one sample with several sources."""
-    label_mask_R: npt.NDArray[np.bool_] | None = None
-    """bool[R]: which tokens of a given response are labelled, None for all."""
-    finish_reason: str = "given"
-    """How a known response ended: that of its sample where the teacher's own, stored answer is
-    scored again. Part of neither the key nor a stored selection."""
-    stop_reason: str | None = None
-    """The stop string that ended a known response, if one did; stored as little."""
-
-    @property
-    def is_genuine(self) -> bool:
-        """Whether the key is that of the tokens."""
-        return self.key == sample_key(
-            self.prompt_ids_P,
-            self.sample_index,
-            response_ids=self.response_ids_R,
-            label_mask=self.label_mask_R,
-        )
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     """An ordered list of distinct samples."""
 
-    requests: tuple[SampleRequest, ...]
+    requests: Sequence[SampleRequest]
+
+    @property
+    def table(self) -> RequestTable:
+        """The samples as columns."""
+        return RequestTable.of(self.requests)
 
     @property
     def key(self) -> str:
         """Digest of the content: samples in order, with their sources."""
-        return key_of([_identity(request) for request in self.requests])
+        digest = _KeyOfBatches()
+        for keys, batch in self.table.batches():
+            digest.add(keys, batch)
+        return digest.key
 
     @property
     def sample_keys(self) -> list[str]:
         """The sample keys, in order."""
-        return [request.key for request in self.requests]
+        return format_keys(self.table.key_array)
 
     def save(self, objects: Objects) -> str:
         """Store under its key and return the key; storing it again changes nothing."""
-        rows = [_row(request) for request in self.requests]
-        batches = [
-            pa.RecordBatch.from_pylist(rows[start : start + BATCH_SAMPLES], schema=SELECTION_SCHEMA)
-            for start in range(0, len(rows), BATCH_SAMPLES)
-        ]
-        data = encode_file(batches, SELECTION_SCHEMA)
-        objects.create(f"selections/{self.key}.arrow", data)
-        return self.key
+        digest = _KeyOfBatches()
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for keys, batch in self.table.batches():
+                digest.add(keys, batch)
+                names = pa.array(format_keys(keys))
+                yield pa.RecordBatch.from_arrays([names, *batch.columns], schema=SELECTION_SCHEMA)
+
+        data = encode_file(batches(), SELECTION_SCHEMA)
+        objects.create(f"selections/{digest.key}.arrow", data)
+        return digest.key
+
+
+class _KeyOfBatches:
+    """The key of a selection, batch by batch.
+
+    It is ``key_of`` of the list of what the key covers of every request.
+    """
+
+    def __init__(self) -> None:
+        self._state = hashlib.sha256(b"[")
+        self._is_first = True
+
+    def add(self, keys: Keys, batch: pa.RecordBatch) -> None:
+        """The next requests."""
+        text = identities(keys, batch)
+        if text:
+            self._state.update((text if self._is_first else f",{text}").encode())
+            self._is_first = False
+
+    @property
+    def key(self) -> str:
+        """Of all requests so far."""
+        state = self._state.copy()
+        state.update(b"]")
+        return state.hexdigest()[:KEY_HEX_DIGITS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,20 +124,28 @@ def load_selection(objects: Objects, key: str) -> Selection:
         ShardCorruptError: if it is damaged.
         FormatError: if its content does not have the key, or a sample's tokens not theirs.
     """
-    return Selection(tuple(_verified(objects, key)))
+    held, keys = [], [np.zeros((0, 2), np.uint64)]
+    for batch_keys, batch in _verified(objects, key):
+        held.append(Held.of(batch))
+        keys.append(batch_keys)
+    return Selection(RequestTable(held, np.concatenate(keys)))
 
 
 def load_selection_index(objects: Objects, key: str) -> SelectionIndex:
     """Load and verify a selection without holding its prompts; raises as :func:`load_selection`."""
     keys: list[str] = []
-    prompts: list[int] = []
+    prompts: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
     last_rows: list[int] = []
-    for request in _verified(objects, key):
-        keys.append(request.key)
-        prompts.append(len(request.prompt_ids_P))
-        mask = request.label_mask_R
-        last_rows.append(-1 if mask is None else _last_run(mask))
-    return SelectionIndex(tuple(keys), np.array(prompts, np.int64), np.array(last_rows, np.int64))
+    for batch_keys, batch in _verified(objects, key):
+        table = RequestTable([Held.of(batch)], batch_keys)
+        keys += format_keys(batch_keys)
+        prompts.append(table.num_prompt_tokens)
+        if batch.column("label_mask").null_count == len(batch):
+            last_rows += [-1] * len(batch)
+            continue
+        masks = (request.label_mask_R for request in table)
+        last_rows += [-1 if mask is None else _last_run(mask) for mask in masks]
+    return SelectionIndex(tuple(keys), np.concatenate(prompts), np.array(last_rows, np.int64))
 
 
 def _last_run(mask_R: npt.NDArray[np.bool_]) -> int:
@@ -149,82 +155,27 @@ def _last_run(mask_R: npt.NDArray[np.bool_]) -> int:
     return len(labelled) - (int(gaps[-1]) + 1 if len(gaps) else 0)
 
 
-def _verified(objects: Objects, key: str) -> Iterator[SampleRequest]:
-    """The requests of a stored selection, batch by batch; the last one ends the verification."""
+def _verified(objects: Objects, key: str) -> Iterator[tuple[Keys, pa.RecordBatch]]:
+    """Keys and columns of a stored selection, batch by batch; it is verified with the last one."""
     path = f"selections/{key}.arrow"
     name = f"{objects.uri}/{path}"
     try:
         data = objects.get(path)
     except FileNotFoundError as error:
         raise LabelStoreError(f"selection {key} is not in store {objects.uri!r}") from error
-    identities = []
+    wrong = f"{name}: its content does not have the key {key}"
+    digest = _KeyOfBatches()
     with ArrowFile(data, name=name, schema=SELECTION_SCHEMA) as file:
-        for batch in file.batches():
+        for stored in file.batches():
+            columns = pa.RecordBatch.from_arrays(stored.columns[1:], schema=REQUEST_SCHEMA)
             try:
-                requests = [_request(row) for row in _rows(batch)]
-            except ValueError as error:  # lists of sources of unequal lengths
+                keys = parse_keys(stored.column(0).to_pylist())
+                genuine = keys_of_batch(columns)
+                digest.add(keys, columns)
+            except ValueError as error:  # lists of unequal lengths, or a key that is none
                 raise FormatError(f"{name} is damaged: {error}") from error
-            identities += [_identity(request) for request in requests]
-            if not all(request.is_genuine for request in requests):
-                raise FormatError(f"{name}: its content does not have the key {key}")
-            yield from requests
-    if key_of(identities) != key:
-        raise FormatError(f"{name}: its content does not have the key {key}")
-
-
-def _identity(request: SampleRequest) -> list[object]:
-    """What of a request the key of a selection covers."""
-    sources = [[source.file, source.line, source.id] for source in request.sources]
-    return [request.key, request.sample_index, sources]
-
-
-def _rows(batch: pa.RecordBatch) -> Iterable[dict[str, object]]:
-    """Rows as dictionaries; lists of tokens stay arrays, as objects they would take ten times."""
-    columns = {
-        name: (_arrays if name in _TOKEN_COLUMNS else pa.Array.to_pylist)(batch.column(name))
-        for name in batch.schema.names
-    }
-    return ({name: values[row] for name, values in columns.items()} for row in range(len(batch)))
-
-
-_TOKEN_COLUMNS = ("prompt_ids", "response_ids", "label_mask")
-
-
-def _arrays(column: pa.Array) -> list[npt.NDArray[np.generic] | None]:
-    """The lists of a column as arrays of their own, None for null."""
-    offsets = column.offsets.to_numpy().tolist()
-    items = column.values.to_numpy(zero_copy_only=False)
-    valid = column.is_valid().to_pylist()
-    spans = zip(offsets[:-1], offsets[1:], valid, strict=True)
-    return [items[start:stop].copy() if there else None for start, stop, there in spans]
-
-
-def _row(request: SampleRequest) -> dict[str, object]:
-    return {
-        "sample_key": request.key,
-        "sample_index": request.sample_index,
-        "prompt_ids": request.prompt_ids_P,
-        "response_ids": request.response_ids_R,
-        "label_mask": request.label_mask_R,
-        "source_file": [source.file for source in request.sources],
-        "source_line": [source.line for source in request.sources],
-        "source_id": [source.id for source in request.sources],
-    }
-
-
-def _request(row: dict[str, object]) -> SampleRequest:
-    response, mask = row["response_ids"], row["label_mask"]
-    sources = zip(
-        row["source_file"],  # type: ignore[call-overload]  # checked against the schema
-        row["source_line"],
-        row["source_id"],
-        strict=True,
-    )
-    return SampleRequest(
-        key=str(row["sample_key"]),
-        sample_index=int(row["sample_index"]),  # type: ignore[call-overload]  # int32 column
-        prompt_ids_P=np.array(row["prompt_ids"], dtype=np.int32),
-        response_ids_R=None if response is None else np.array(response, dtype=np.int32),
-        sources=tuple(Source(*source) for source in sources),
-        label_mask_R=None if mask is None else np.array(mask, dtype=np.bool_),
-    )
+            if not np.array_equal(keys, genuine):
+                raise FormatError(wrong)
+            yield keys, columns
+    if digest.key != key:
+        raise FormatError(wrong)

@@ -5,19 +5,21 @@ A record batch of the labels file holds whole samples, so a single sample is rea
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from storage.columns import Columns, check_columns, decode_columns, encode_columns, select_rows
+from storage.columns import check_columns, decode_columns, encode_columns
 from storage.errors import ShardCorruptError
+from storage.held import HeldBatches
 from storage.ipc import ArrowFile, encode_file
 from storage.keys import LabelSetSpec
+from storage.label_batch import LabelBatch
 from storage.labels import label_kind
-from storage.labels.base import DecodedLabels
-from storage.samples import LabelledSample, check_rows
+from storage.samples import Int32s, LabelledSample, check_rows
 from storage.schema import SCALAR_FIELDS, labels_schema, samples_schema
 
 BATCH_ROWS = 8192
@@ -124,6 +126,7 @@ class ShardReader:
         spec: Of the label set.
         batch_rows: Rows of every batch of the labels file, as recorded.
         name: What to call the shard in errors.
+        held: Keeps batches of the samples file, which many batches of the labels file need.
 
     Raises:
         ShardCorruptError: if the labels file has another number of batches.
@@ -137,8 +140,10 @@ class ShardReader:
         batch_rows: Sequence[int],
         *,
         name: str,
+        held: HeldBatches | None = None,
     ) -> None:
         self._labels, self._samples, self._spec, self._name = labels, samples, spec, name
+        self._held: HeldBatches = HeldBatches(0) if held is None else held
         self._batch_rows = batch_rows
         self._kind = label_kind(spec.kind)
         if labels.num_batches != len(batch_rows):
@@ -147,8 +152,8 @@ class ShardReader:
                 "run `distill repair`"
             )
 
-    def batch(self, number: int) -> list[tuple[int, LabelledSample]]:
-        """The samples of one record batch of the labels file, with their rows in the samples file.
+    def batch(self, number: int) -> LabelBatch:
+        """The samples of one record batch of the labels file.
 
         Raises:
             ShardCorruptError: if the two files do not fit each other.
@@ -167,57 +172,79 @@ class ShardReader:
         check_rows(scalars, ids_NK, logprobs_NK, self._spec, name=name)
         optional = decode_columns(columns, self._spec, name=name)
         check_columns(optional, scalars["log_tail_mass"], self._spec, name=name)
-        of_sample = scalars["sample"]
-        starts = np.flatnonzero(np.diff(of_sample, prepend=-1)).tolist()
-        spans = [
-            slice(start, stop) for start, stop in zip(starts, [*starts[1:], None], strict=True)
-        ]
-        rows = of_sample[starts].tolist()
-        return [
-            (row, self._sample(facts, span, scalars, (ids_NK, logprobs_NK), optional))
-            for row, facts, span in zip(rows, self._facts(rows), spans, strict=True)
-        ]
-
-    def _sample(
-        self,
-        facts: dict[str, Any],
-        span: slice,
-        scalars: dict[str, np.ndarray],
-        topk: DecodedLabels,
-        optional: Columns,
-    ) -> LabelledSample:
-        response = facts["response_ids"]
-        positions_N = scalars["position"][span]
-        if len(positions_N) != facts["num_rows"]:
-            raise ShardCorruptError(
-                f"{self._name}: sample {facts['sample_key']} has {len(positions_N)} label rows, "
-                f"its samples file says {facts['num_rows']}; run `distill repair`"
-            )
-        if response is not None:
-            self._check_mask(facts, positions_N, scalars["token_id"][span])
-        return LabelledSample(
-            key=str(facts["sample_key"]),
-            sample_index=int(facts["sample_index"]),
-            prompt_ids_P=np.asarray(facts["prompt_ids"], dtype=np.int32),
-            response_ids_R=scalars["token_id"][span]
-            if response is None
-            else np.asarray(response, dtype=np.int32),
-            positions_N=positions_N,
-            token_logprob_N=scalars["token_logprob"][span],
-            token_rank_N=scalars["token_rank"][span],
-            log_tail_mass_N=scalars["log_tail_mass"][span],
-            topk_ids_NK=topk[0][span],
-            topk_logprobs_NK=topk[1][span],
-            optional=select_rows(optional, span),
-            finish_reason=str(facts["finish_reason"]),
-            stop_reason=None if facts["stop_reason"] is None else str(facts["stop_reason"]),
+        starts = np.flatnonzero(np.diff(scalars["sample"], prepend=-1))
+        rows_S = scalars["sample"][starts].astype(np.int64)
+        row_ends = np.append(starts, len(batch)).astype(np.int64)
+        facts = self._samples_of(rows_S)
+        keys: list[str] = facts.column("sample_key").to_pylist()
+        self._check_lengths(keys, facts.column("num_rows").to_numpy(), np.diff(row_ends))
+        prompt_ids, prompt_ends = _flat(facts.column("prompt_ids"))
+        response_ids, response_ends = self._responses(
+            keys, facts, row_ends, scalars["position"], scalars["token_id"]
+        )
+        return LabelBatch(
+            rows_S=rows_S,
+            row_ends=row_ends,
+            keys=keys,
+            sample_indices=facts.column("sample_index").to_pylist(),
+            prompt_ids=prompt_ids,
+            prompt_ends=prompt_ends,
+            response_ids=response_ids,
+            response_ends=response_ends,
+            finish_reasons=facts.column("finish_reason").to_pylist(),
+            stop_reasons=facts.column("stop_reason").to_pylist(),
+            token_ids_N=scalars["token_id"],
+            positions_N=scalars["position"],
+            token_logprob_N=scalars["token_logprob"],
+            token_rank_N=scalars["token_rank"],
+            log_tail_mass_N=scalars["log_tail_mass"],
+            topk_ids_NK=ids_NK,
+            topk_logprobs_NK=logprobs_NK,
+            optional=optional,
         )
 
+    def _check_lengths(
+        self, keys: list[str], stated_S: npt.NDArray[Any], found_S: npt.NDArray[Any]
+    ) -> None:
+        for place in np.flatnonzero(stated_S != found_S):
+            raise ShardCorruptError(
+                f"{self._name}: sample {keys[place]} has {found_S[place]} label rows, its samples "
+                f"file says {stated_S[place]}; run `distill repair`"
+            )
+
+    def _responses(
+        self,
+        keys: list[str],
+        facts: pa.RecordBatch,
+        row_ends: npt.NDArray[np.int64],
+        positions_N: Int32s,
+        token_ids_N: Int32s,
+    ) -> tuple[Int32s, npt.NDArray[np.int64]]:
+        """All responses and where they end; those that are labelled in parts are checked."""
+        given = facts.column("response_ids")
+        if given.null_count == len(keys):
+            return token_ids_N, row_ends
+        masks, responses = _lists(facts.column("label_mask")), []
+        for place, response_R in enumerate(_lists(given)):
+            span = slice(*row_ends[place : place + 2])
+            if response_R is None:
+                responses.append(token_ids_N[span])
+                continue
+            labelled = (positions_N[span], token_ids_N[span])
+            self._check_mask(keys[place], response_R, masks[place], *labelled)
+            responses.append(response_R)
+        ends = np.cumsum([0, *map(len, responses)], dtype=np.int64)
+        return np.concatenate(responses), ends
+
     def _check_mask(
-        self, facts: dict[str, Any], positions_N: np.ndarray, token_ids_N: np.ndarray
+        self,
+        key: str,
+        response_R: Int32s,
+        mask_R: npt.NDArray[np.bool_] | None,
+        positions_N: Int32s,
+        token_ids_N: Int32s,
     ) -> None:
         """Of a response that is labelled in parts, both files must tell the same."""
-        response_R, mask_R = facts["response_ids"], facts["label_mask"]
         if (
             mask_R is None
             or not np.array_equal(np.flatnonzero(mask_R), positions_N)
@@ -225,40 +252,37 @@ class ShardReader:
             or not np.array_equal(response_R[positions_N], token_ids_N)
         ):
             raise ShardCorruptError(
-                f"{self._name}: label mask or response of sample {facts['sample_key']} do not fit "
-                "its label rows; run `distill repair`"
+                f"{self._name}: label mask or response of sample {key} do not fit its label rows; "
+                "run `distill repair`"
             )
 
-    def _facts(self, rows: list[int]) -> Iterator[dict[str, Any]]:
-        """Rows of the samples file, ascending."""
-        number, facts = -1, []
-        for row in rows:
-            if row // SAMPLES_BATCH_ROWS != number:
-                number = row // SAMPLES_BATCH_ROWS
-                if number >= self._samples.num_batches:
-                    break
-                facts = _rows(self._samples.batch(number))
-            if row % SAMPLES_BATCH_ROWS >= len(facts):
-                break
-            yield facts[row % SAMPLES_BATCH_ROWS]
-        else:
-            return
-        raise ShardCorruptError(
-            f"{self._name}: the labels file has rows of sample {row}, which the samples file "
-            "lacks; run `distill repair`"
-        )
+    def _samples_of(self, rows_S: npt.NDArray[np.int64]) -> pa.RecordBatch:
+        """Some rows of the samples file, copied: they keep nothing else in memory."""
+        numbers_S = rows_S // SAMPLES_BATCH_ROWS
+        parts = []
+        for number in np.unique(numbers_S).tolist():
+            mine = rows_S[numbers_S == number]
+            batch = None
+            if 0 <= number < self._samples.num_batches:
+                batch = self._held.get((self._name, number), partial(self._samples.batch, number))
+            places = mine - number * SAMPLES_BATCH_ROWS
+            if batch is None or places.max() >= len(batch):
+                raise ShardCorruptError(
+                    f"{self._name}: the labels file has rows of sample {mine.max()}, which the "
+                    "samples file lacks; run `distill repair`"
+                )
+            parts.append(batch.take(pa.array(places)))
+        return parts[0] if len(parts) == 1 else pa.concat_batches(parts)
 
 
-def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows as dictionaries; lists stay numpy arrays."""
-    columns = {name: _values(batch.column(name)) for name in batch.schema.names}
-    return [{name: values[row] for name, values in columns.items()} for row in range(len(batch))]
+def _flat(column: pa.ListArray) -> tuple[Int32s, npt.NDArray[np.int64]]:
+    """The values of all lists, and where each list ends, 0 in front."""
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    return column.flatten().to_numpy(), offsets - offsets[0]
 
 
-def _values(column: pa.Array) -> Sequence[object]:
-    if not pa.types.is_list(column.type):
-        values: list[object] = column.to_pylist()
-        return values
+def _lists(column: pa.ListArray) -> list[npt.NDArray[Any] | None]:
+    """The lists of a column as arrays, None for null."""
     offsets = column.offsets.to_numpy()
     items = column.values.to_numpy(zero_copy_only=False)
     valid = column.is_valid().to_pylist()

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import NotLabelledError
-from storage.index import parse_keys
+from storage.index import format_keys, parse_keys
 from storage.keys import LabelSetSpec
 from storage.label_set import LabelSet
 from storage.narrow import narrow, satisfies
+from storage.partitions import Keys
 from storage.samples import LabelledSample
 
 Bools = npt.NDArray[np.bool_]
@@ -72,7 +73,7 @@ class LabelView:
         Raises:
             NotLabelledError: if one is not stored.
         """
-        owners = self._owners(keys, required=True)
+        owners = self.owners(keys)
         num_rows = np.zeros(len(keys), dtype=np.int64)
         num_tokens = np.zeros(len(keys), dtype=np.int64)
         for number, found in enumerate(self.sets):
@@ -88,7 +89,7 @@ class LabelView:
             NotLabelledError: if one is not stored.
             ShardCorruptError: if the bytes differ from what was committed.
         """
-        owners = self._owners(keys, required=True).tolist()
+        owners = self.owners(keys).tolist()
         streams = [
             found.read([key for key, owner in zip(keys, owners, strict=True) if owner == number])
             for number, found in enumerate(self.sets)
@@ -104,22 +105,33 @@ class LabelView:
         owners = set(self._owners(keys).tolist())
         return (found for number, found in enumerate(self.sets) if number in owners)
 
-    def _owners(self, keys: Sequence[str], *, required: bool = False) -> npt.NDArray[np.int64]:
-        """int64[N]: the place in ``sets`` of the set that serves each sample, -1 for none."""
-        parse_keys(keys)
+    def owners(self, keys: Sequence[str] | Keys) -> npt.NDArray[np.int64]:
+        """int64[N]: the place in ``sets`` of the set that serves each sample.
+
+        Raises:
+            NotLabelledError: if one is not stored.
+        """
+        return self._owners(keys, required=True)
+
+    def _owners(
+        self, keys: Sequence[str] | Keys, *, required: bool = False
+    ) -> npt.NDArray[np.int64]:
+        """As :meth:`owners`; -1 for none."""
+        parsed = parse_keys(keys)
         owners = np.full(len(keys), -1, dtype=np.int64)
         # what is required is stored as a rule, and then no set has to be asked for new commits
         for fresh in (False, True) if required else (True,):
             for number, found in enumerate(self.sets):
                 unowned = np.flatnonzero(owners < 0)
-                there = found.contains([keys[index] for index in unowned], fresh=fresh)
+                there = found.contains(parsed[unowned], fresh=fresh)
                 owners[unowned[there]] = number
             if (owners >= 0).all():
                 return owners
         if required:
             absent = np.flatnonzero(owners < 0)
+            (first,) = format_keys(parsed[absent[:1]])
             raise NotLabelledError(
                 f"no label set satisfies {self.spec.key} for {len(absent)} of {len(keys)} samples "
-                f"(the first is {keys[absent[0]]}); run `distill label` first"
+                f"(the first is {first}); run `distill label` first"
             )
         return owners

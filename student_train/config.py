@@ -8,17 +8,38 @@ from pydantic import Field, model_validator
 from storage.config import Config
 from storage.filter import FilterConfig
 from storage.keys import ColumnSpec
+from student_train.checkpoint_config import CheckpointConfig
 from student_train.hard.config import CrossEntropyConfig, HardLabel, HardTermConfig
+from student_train.lora_config import LoraConfig
 from student_train.losses.config import TAIL_SAMPLES, ForwardKlConfig, SoftConfig, TaidConfig
 from student_train.losses.config import required_columns as divergence_columns
 from student_train.sections import short_form
+from student_train.watch_config import (
+    BestConfig,
+    EarlyStopConfig,
+    HeldoutConfig,
+    HeldoutMetric,
+    WatchConfig,
+)
 from student_train.weights.config import StaticWeightConfig, WeightConfig
 
 METRICS_FILE = "metrics.jsonl"
 """One line per optimiser step, in the output directory of a training."""
 
+HELDOUT_FILE = "heldout.jsonl"
+"""One line per held-out evaluation during the training, beside it."""
+
+SELECTION_FILE = "selection.json"
+"""Which step was exported and why, where ``best`` or ``early_stop`` is set; beside it."""
+
+GENERATIONS_FILE = "generations.jsonl"
+"""Answers to held-out prompts, one line per such evaluation."""
+
 MODEL_DIRECTORY = "model"
 """The exported student, in the output directory of a training."""
+
+ADAPTER_DIRECTORY = "adapter"
+"""Its adapter by itself, beside it, where only that was trained."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -84,12 +105,6 @@ class SupervisionConfig(Config):
         return self
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of what this loss reports for every step beside the terms that all report."""
-        entropy = ("student_entropy",) if self.student_entropy > 0 else ()
-        return ("hard_weight", *self.hard_term.metrics, *entropy)
-
-    @property
     def taid_schedule(self) -> TaidScheduleConfig | None:
         """How t moves; None where the soft term has no t."""
         if not isinstance(self.soft, TaidConfig):
@@ -147,6 +162,9 @@ def missing_columns(loss: SupervisionConfig, columns: Iterable[ColumnSpec]) -> l
 class OptimizerConfig(Config):
     """AdamW with a warm-up and a decay."""
 
+    type: Literal["adamw", "cpu_adam"] = "adamw"
+    """``adamw``: PyTorch's. ``cpu_adam``: DeepSpeed's for the CPU, which it compiles on first use;
+    ``deepspeed.offload_optimizer`` needs it."""
     lr: float = Field(default=1e-5, gt=0)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -246,8 +264,26 @@ class LoaderConfig(Config):
 class DeepSpeedConfig(Config):
     """How DeepSpeed shards the training state."""
 
-    stage: Literal[0, 1, 2] = 0
-    """ZeRO stage: 0 replicates everything, 1 shards optimiser states, 2 also gradients."""
+    stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage: 0 replicates everything, 1 shards optimiser states, 2 also gradients, 3 also the
+    weights. The result is the same beyond rounding."""
+    offload_optimizer: bool = False
+    """Keep master weights and moments in host memory, and update them there (stages 1 to 3, with
+    ``optimizer.type: cpu_adam``): 12 bytes per weight less on the GPUs, for slower steps."""
+    offload_parameters: bool = False
+    """Keep the weights in host memory too, and fetch a layer when it is computed (stage 3)."""
+
+    @model_validator(mode="after")
+    def _stage_allows(self) -> Self:
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError(
+                "offload_optimizer needs sharded optimiser states; set stage to 1, 2 or 3"
+            )
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError(
+                f"offload_parameters needs sharded weights, and stage is {self.stage}; set it to 3"
+            )
+        return self
 
 
 class PrunedModelConfig(Config):
@@ -269,15 +305,16 @@ class PrunedModelConfig(Config):
         return f"layers {', '.join(map(str, self.keep_layers))} of {self.of}"
 
 
-NOT_DECIDING = frozenset({"checkpoint_every_steps", "loader"})
+NOT_DECIDING = frozenset({"watch", "activation_checkpointing", "checkpoint", "loader"})
 """Settings of a training that change nothing about its result."""
 
 
 class TrainConfig(Config):
     """Everything that decides what a student becomes.
 
-    All of it enters the student's key, ``model`` by content, except for
-    ``checkpoint_every_steps`` and ``loader``.
+    All of it enters the student's key, ``model`` by content, except for ``watch``, ``heldout``
+    where neither ``best`` nor ``early_stop`` looks at it,
+    ``activation_checkpointing``, ``checkpoint`` and ``loader``.
     """
 
     model: str | PrunedModelConfig
@@ -286,6 +323,12 @@ class TrainConfig(Config):
     """Objective."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimiser and learning-rate schedule."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and leave the student's own weights as they are; unset, all weights
+    are trained."""
+    dropout: bool = False
+    """Use the dropout that the student's own config asks for. Off, a result does not depend on the
+    number of ranks or on how samples are packed, beyond rounding."""
     batch: BatchConfig = BatchConfig()
     """Batch sizes."""
     data: TrainDataConfig = TrainDataConfig()
@@ -298,26 +341,74 @@ class TrainConfig(Config):
     """Dtype of the forward and backward pass; master weights are float32 in both cases."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Sharding of the training state."""
+    chat_template: Literal["same", "teacher"] = "same"
+    """``same``: the exported student keeps its own tokenizer files, whose chat template must write
+    what the labels were made with. ``teacher``: it gets the teacher's tokenizer files, chat
+    template and end-of-sequence ids; token ids are the same in both."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of layers for the backward pass and compute the rest once more: most of
+    the memory for one more forward pass. It changes no bit of the result."""
+    export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the exported weights, whatever ``dtype`` was."""
     seed: int = Field(default=0, ge=0)
     """Decides the order of samples in every epoch."""
-    checkpoint_every_steps: int = Field(default=200, ge=1)
-    """Steps between checkpoints; a crash repeats at most this many steps."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """How often it is saved, and where."""
+
+    heldout: HeldoutConfig = HeldoutConfig()
+    """Evaluation during the training."""
+    best: BestConfig | None = None
+    """Export the best of the evaluated students; unset, the one after the last step."""
+    early_stop: EarlyStopConfig | None = None
+    """End before the last step; unset, all steps are made."""
+    watch: WatchConfig = WatchConfig()
+    """Where metrics go."""
+
+    @model_validator(mode="after")
+    def _offloads_with_cpu_adam(self) -> Self:
+        if self.deepspeed.offload_optimizer and self.optimizer.type != "cpu_adam":
+            raise ValueError(
+                "deepspeed.offload_optimizer updates weights on the CPU, where optimizer.type: "
+                f"{self.optimizer.type} is slow; set optimizer.type: cpu_adam"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluated_where_it_decides(self) -> Self:
+        if self.heldout_decides and self.heldout.every_steps is None:
+            name = "early_stop" if self.best is None else "best"
+            raise ValueError(
+                f"{name} looks at the evaluation during the training, which is off; set "
+                "heldout.every_steps"
+            )
+        return self
+
+    @property
+    def heldout_decides(self) -> bool:
+        """Whether what is exported depends on the held-out evaluation."""
+        return self.best is not None or self.early_stop is not None
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide what the student becomes, as plain values, without ``model``."""
-        return self.model_dump(mode="json", exclude={"model", *NOT_DECIDING})
+        watching = {"heldout", "best", "early_stop"}
+        decided = self.model_dump(mode="json", exclude={"model", *NOT_DECIDING, *watching})
+        if self.heldout_decides:
+            answers = {"heldout": {"generations", "max_new_tokens"}}
+            decided |= self.model_dump(mode="json", include=watching, exclude=answers)
+        return decided
 
 
 class EvaluateConfig(Config):
     """What is measured on the held-out prompts."""
 
-    metrics: tuple[Literal["kl", "cross_entropy", "agreement"], ...] = (
+    metrics: tuple[HeldoutMetric, ...] = (
         "kl",
         "cross_entropy",
         "agreement",
     )
     """``kl``: KL(teacher, student) on the k+1 categories, nats per token; ``cross_entropy``: of
-    the hard labels, nats per token; ``agreement``: share of equal argmax tokens."""
+    the hard labels, nats per token; ``agreement``: share of equal argmax tokens. Others:
+    ``reverse_kl``, ``topk_overlap``, ``student_entropy``."""
     generations: int = Field(default=4, ge=0)
     """Held-out prompts that every student answers greedily, shown side by side in the report."""
     max_new_tokens: int = Field(default=64, ge=1)
@@ -345,6 +436,8 @@ class TrainJob(Config):
     labels: LabelSource
     mixture: tuple[LabelSource, ...] = ()
     """Labels that are mixed in; filters are applied already."""
+    heldout: LabelSource | None = None
+    """Labels that the student is evaluated on during the training."""
     model: str
     """Directory of the untrained student."""
     tokenizer: str

@@ -1,15 +1,19 @@
 """One of the label sets that a training reads, and what is taken of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from storage.index import parse_keys
 from storage.keys import LabelSetSpec, TopKSpec
-from storage.label_set import HELD_BYTES, HELD_SHARDS
-from storage.samples import LabelledSample
+from storage.label_batch import LabelBatch, SampleRanges
+from storage.label_set import HELD_BYTES
+from storage.located import LocatedSamples
 from storage.selection import load_selection_index
+from storage.shard import BATCH_ROWS, SAMPLES_BATCH_ROWS
 from storage.shard_cache import ShardCache
 from storage.store import LabelStore
 from storage.view import LabelView
@@ -23,6 +27,9 @@ Int64s = npt.NDArray[np.int64]
 
 BYTES_PER_TOKEN = 8
 """Of a decoded token of the top-k: its id and its log-prob."""
+
+BYTES_PER_ROW = 64
+"""Of the other columns of a decoded row; some more where optional columns are read."""
 
 
 def common_spec(specs: Sequence[LabelSetSpec], k: int | None) -> LabelSetSpec:
@@ -74,43 +81,36 @@ class LabelPart:
     """A selection, and the view of the label sets that serve it."""
 
     store: LabelStore
-    view: LabelView
-    keys: tuple[str, ...]
-    """Sample keys, in the order of the selection."""
+    located: LocatedSamples
+    """The samples, in the order of the selection."""
     num_rows_S: Int64s
     """int64[S]: supervised rows of every sample."""
     num_tokens_S: Int64s
     """int64[S]: prompt and response tokens of every sample."""
-    sidecar: Mapping[str, npt.NDArray[np.float32]] | None
-    """Column of a sidecar by sample key."""
     only_last_turn: bool
     """Whether rows before the last gap of the label mask are left out."""
     cache: ShardCache | None
 
     def fork(self) -> "LabelPart":
         """The same with a view of its own, for another thread."""
-        return replace(self, view=_open_view(self.store, self.view.spec, self.cache))
+        view = _open_view(self.store, self.located.view.spec, self.cache)
+        return replace(self, located=self.located.fork(view))
 
-    def hold(self, num_shards: int, num_rows: int, max_bytes: int) -> None:
-        """Keep so many shards open, and so many rows decoded, within a bound."""
-        for found in self.view.sets:
-            wanted = num_rows * found.spec.kind.width * BYTES_PER_TOKEN
-            found.held_bytes = min(max(wanted, HELD_BYTES), max_bytes)
-            found.held_shards = max(num_shards, HELD_SHARDS)
+    def hold(self, num_batches: int, max_bytes: int) -> None:
+        """Keep so many record batches open and decoded, within a bound."""
+        width = max((found.spec.kind.width for found in self.located.view.sets), default=0)
+        of_labels = BATCH_ROWS * (width * BYTES_PER_TOKEN + BYTES_PER_ROW)
+        prompt_tokens = self.num_tokens_S.mean() if len(self.num_tokens_S) else 0
+        of_samples = int(SAMPLES_BATCH_ROWS * prompt_tokens * np.dtype(np.int32).itemsize)
+        wanted = max(num_batches * (of_labels + of_samples), HELD_BYTES)
+        self.located.hold(num_batches, min(wanted, max_bytes))
 
-    def read(self, places: Sequence[int]) -> Iterator[LabelledSample]:
+    def ranges(self, places: Sequence[int]) -> SampleRanges:
         """The samples at these places of the selection, verified."""
-        if not places:
-            return
-        for place, sample in zip(
-            places, self.view.read([self.keys[place] for place in places]), strict=True
-        ):
-            read = sample
-            if self.sidecar is not None:
-                read = replace(read, optional={**read.optional, SIDECAR: self.sidecar[sample.key]})
-            if self.only_last_turn:
-                read = _last_rows(read, int(self.num_rows_S[place]))
-            yield read
+        found = self.located.ranges(places)
+        if self.only_last_turn:
+            return replace(found, num_rows_S=self.num_rows_S[list(places)])
+        return found
 
 
 def load_part(
@@ -140,23 +140,23 @@ def load_part(
     # the whole request of the set where it is read whole: then nothing is narrowed
     wanted = spec if spec.kind == common.kind and spec.columns == common.columns else None
     view = _open_view(store, wanted or _as_common(spec, common), cache)
-    num_rows_S, num_response_tokens_S = view.lengths(selection.sample_keys)
+    keys = parse_keys(selection.sample_keys)
+    if isinstance(weight, SidecarWeightConfig):
+        sets = [*view.sets, *view.upgradable]
+        sidecar = read_sidecar_column(sets, weight, selection.sample_keys)
+        located = LocatedSamples(view, keys, prepare=partial(_with_sidecar, sidecar=sidecar))
+    else:
+        located = LocatedSamples(view, keys)
+    num_rows_S = located.num_rows_S
     only_last_turn = supervise == "last_turn"
     if only_last_turn:
         masked_S = selection.num_last_rows_S >= 0
         num_rows_S = np.where(masked_S, selection.num_last_rows_S, num_rows_S)
-    sidecar = (
-        read_sidecar_column([*view.sets, *view.upgradable], weight, selection.sample_keys)
-        if isinstance(weight, SidecarWeightConfig)
-        else None
-    )
     return LabelPart(
         store,
-        view,
-        selection.sample_keys,
+        located,
         num_rows_S,
-        selection.num_prompt_tokens_S + num_response_tokens_S,
-        sidecar,
+        selection.num_prompt_tokens_S + located.num_tokens_S,
         only_last_turn,
         cache,
     )
@@ -169,18 +169,11 @@ def _open_view(store: LabelStore, spec: LabelSetSpec, cache: ShardCache | None) 
     return view
 
 
-def _last_rows(sample: LabelledSample, count: int) -> LabelledSample:
-    """A sample with only its last rows."""
-    if count == len(sample.positions_N):
-        return sample
-    last = slice(len(sample.positions_N) - count, None)
-    return replace(
-        sample,
-        positions_N=sample.positions_N[last],
-        token_logprob_N=sample.token_logprob_N[last],
-        token_rank_N=sample.token_rank_N[last],
-        log_tail_mass_N=sample.log_tail_mass_N[last],
-        topk_ids_NK=sample.topk_ids_NK[last],
-        topk_logprobs_NK=sample.topk_logprobs_NK[last],
-        optional={name: values[last] for name, values in sample.optional.items()},
-    )
+def _with_sidecar(batch: LabelBatch, sidecar: Mapping[str, npt.NDArray[np.float32]]) -> LabelBatch:
+    """A batch with the column of a sidecar; NaN for samples that are not of the selection."""
+    column_N = np.full(len(batch.positions_N), np.nan, dtype=np.float32)
+    ends = batch.row_ends.tolist()
+    for key, start, stop in zip(batch.keys, ends[:-1], ends[1:], strict=True):
+        if key in sidecar:
+            column_N[start:stop] = sidecar[key]
+    return replace(batch, optional={**batch.optional, SIDECAR: column_N})

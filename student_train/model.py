@@ -1,24 +1,29 @@
 """The student as a module: loading, pruning, and the forward pass that ends in a loss."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from storage.errors import ConfigError
 from storage.files import published_directory
-from student_train.config import SupervisionConfig
+from student_train.config import SupervisionConfig, TrainConfig
 from student_train.data import MicroBatch
-from student_train.documents import document_inputs
+from student_train.documents import document_inputs, isolate_documents
 from student_train.errors import PreflightError
+from student_train.gather import whole
 from student_train.head import HeadScope, check_head, head_of
 from student_train.losses import LOSSES
 from student_train.losses.base import LossTerms, load
+from student_train.losses.measures import held_out_terms
 from student_train.schedules import StepState
+from student_train.tokenizer_files import copy_tokenizer, generation_config
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -28,6 +33,28 @@ def load_causal_lm(directory: str, dtype: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         directory, dtype=TORCH_DTYPES[dtype], local_files_only=True, use_safetensors=True
     )
+
+
+def make_student(directory: str, train: TrainConfig, vocab_size: int) -> "Student":
+    """The student of a training, before DeepSpeed takes it over.
+
+    Its weights are float32 in every case: DeepSpeed makes the bfloat16 copy and keeps the masters.
+
+    Raises:
+        PreflightError: if the model cannot be trained with these settings.
+    """
+    language_model = load_causal_lm(directory, "float32")
+    if train.lora is not None:
+        from student_train.lora import add_adapters  # peft takes seconds to import
+
+        add_adapters(language_model, train.lora)
+    student = Student(language_model, train.loss, vocab_size, dropout=train.dropout)
+    if train.batch.packing != "padded":
+        with whole(language_model.parameters()):
+            isolate_documents(language_model)
+    if train.activation_checkpointing:
+        checkpoint_activations(language_model)
+    return student.train()
 
 
 class Student(nn.Module):
@@ -40,19 +67,29 @@ class Student(nn.Module):
         language_model: Any causal model of transformers with a linear output embedding.
         loss: The objective.
         vocab_size: Effective vocabulary of the labels.
+        dropout: Whether the model's own dropout is on in training mode. That of adapters is.
 
     Raises:
         PreflightError: if the model's logits are not those of a :class:`LinearHead`, or its
             vocabulary is too small.
     """
 
-    def __init__(self, language_model: Any, loss: SupervisionConfig, vocab_size: int) -> None:
+    def __init__(
+        self,
+        language_model: Any,
+        loss: SupervisionConfig,
+        vocab_size: int,
+        *,
+        dropout: bool = False,
+    ) -> None:
         super().__init__()
         self.language_model = language_model
         self._loss = loss
         self._vocab_size = vocab_size
-        check_head(language_model)
-        num_tokens = head_of(language_model).weight_VH.shape[0]
+        self._dropout = dropout
+        with whole(language_model.parameters()):
+            check_head(language_model)
+            num_tokens = head_of(language_model).weight_VH.shape[0]
         if num_tokens < vocab_size:
             raise PreflightError(
                 f"the student's vocabulary has {num_tokens} rows, the labels use "
@@ -60,36 +97,47 @@ class Student(nn.Module):
             )
         self._head_scope = HeadScope(language_model.get_output_embeddings())
 
-    def forward(self, batch: MicroBatch, step: StepState) -> LossTerms:
+    def train(self, mode: bool = True) -> Self:
+        """Switch training mode on or off; without dropout the model stays as it is used later."""
+        super().train(mode)
+        if not self._dropout:
+            self.language_model.eval()
+            for module in self.language_model.modules():
+                if hasattr(module, "lora_dropout"):
+                    module.lora_dropout.train(mode)
+        return self
+
+    def forward(self, batch: MicroBatch, step: StepState, *, measure: bool = False) -> LossTerms:
         """Loss of a micro-batch, summed over its supervised positions.
 
         Args:
             batch: The micro-batch; a packed one needs a model that was set up for it
                 (:func:`student_train.documents.isolate_documents`).
             step: Where the training stands; evaluation, whose loss does not move, gives any.
+            measure: Whether to take :func:`student_train.losses.measures.held_out_terms` instead
+                of the objective.
         """
-        hidden_BTH = self.language_model.base_model(**_model_inputs(batch)).last_hidden_state
+        hidden_BTH = self.language_model.base_model(**model_inputs(batch)).last_hidden_state
         hidden_MH = hidden_BTH.flatten(0, 1).index_select(0, batch.rows_M)
-        loss = cast(Callable[..., LossTerms], load(LOSSES[self._loss.type]))
+        compute = held_out_terms if measure else self._objective(step)
         found: list[LossTerms] = []
 
         def total(hidden_MH: Tensor) -> Tensor:
-            terms = loss(
-                hidden_MH,
-                head_of(self.language_model),
-                batch.labels,
-                self._loss,
-                step=step,
-                vocab_size=self._vocab_size,
-            )
+            head = head_of(self.language_model)
+            terms = compute(hidden_MH, head, batch.labels, vocab_size=self._vocab_size)
             found.append(terms)
             return terms.total
 
         total_in_scope = self._head_scope(hidden_MH, total)
-        return replace(found[0], total=total_in_scope)
+        return found[0]._replace(total=total_in_scope)
+
+    def _objective(self, step: StepState) -> Callable[..., LossTerms]:
+        """The loss of a step, as a function of hidden states, head and labels."""
+        loss = cast(Callable[..., LossTerms], load(LOSSES[self._loss.type]))
+        return partial(loss, config=self._loss, step=step)
 
 
-def _model_inputs(batch: MicroBatch) -> dict[str, Any]:
+def model_inputs(batch: MicroBatch) -> dict[str, Any]:
     """What a base model is called with."""
     if batch.document_ends is not None:
         return document_inputs(batch.input_ids_BT, batch.document_ends)
@@ -98,6 +146,25 @@ def _model_inputs(batch: MicroBatch) -> dict[str, Any]:
         "attention_mask": batch.attention_mask_BT,
         "use_cache": False,
     }
+
+
+def checkpoint_activations(language_model: Any) -> None:
+    """Keep only the inputs of decoder layers for the backward pass, and compute the rest again.
+
+    The switch that transformers has for it works only in training mode, which is where a model has
+    its dropout. The layers are those that it would take.
+
+    Raises:
+        PreflightError: if the model has no such layers.
+    """
+    layers = [m for m in language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise PreflightError(
+            f"{type(language_model).__name__} has no layers whose activations can be computed "
+            "again; set train.activation_checkpointing: false"
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def prune_layers(source: Path, keep: Sequence[int], output: Path) -> None:
@@ -130,5 +197,6 @@ def prune_layers(source: Path, keep: Sequence[int], output: Path) -> None:
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = [model.config.layer_types[index] for index in keep]
     with published_directory(output) as directory:
+        model.generation_config = generation_config(source)
         model.save_pretrained(directory)
-        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(directory)
+        copy_tokenizer(source, directory)

@@ -15,13 +15,15 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from storage.errors import LabelStoreError
-from storage.samples import LabelledSample
+from storage.label_batch import SampleRanges, join
 from student_train.config import LoaderConfig
 from student_train.data import LabelReader, MicroBatch
 from student_train.step_plan import MicroBatchPlan, TrainingPlan
 
-Collate = Callable[[list[LabelledSample]], MicroBatch]
+Collate = Callable[[SampleRanges], MicroBatch]
 """From the samples of a micro-batch, in their order, to the batch."""
 
 WAIT_S = 0.2
@@ -44,14 +46,16 @@ class _End:
 class _Reads:
     """What threads are reading for one micro-batch."""
 
-    by_worker: dict[int, Future[list[LabelledSample]]]
+    by_worker: dict[int, Future[SampleRanges]]
     order: list[int]
     """Which of them has the next sample, sample by sample."""
 
-    def result(self) -> list[LabelledSample]:
+    def result(self) -> SampleRanges:
         """The samples in the order of the micro-batch."""
-        found = {worker: iter(read.result()) for worker, read in self.by_worker.items()}
-        return [next(found[worker]) for worker in self.order]
+        found = join([self.by_worker[worker].result() for worker in sorted(self.by_worker)])
+        # samples of a thread lie one after the other in what it found
+        by_thread = np.argsort(np.array(self.order), kind="stable")
+        return found.take(np.argsort(by_thread))
 
 
 Item = MicroBatch | _Failure | _End
@@ -168,7 +172,7 @@ class BatchStream:
             by_worker.setdefault(worker, []).extend(samples)
             order += [worker] * len(samples)
         reads = {
-            worker: self._pools[worker].submit(self._readers[worker].read, samples)
+            worker: self._pools[worker].submit(self._readers[worker].ranges, samples)
             for worker, samples in by_worker.items()
         }
         return _Reads(reads, order)

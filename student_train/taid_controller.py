@@ -25,6 +25,7 @@ class TaidState(TypedDict):
 
     t: float
     momentum: float
+    change: float
     previous_loss: float | None
     num_updates: int
 
@@ -57,6 +58,7 @@ class TaidController:
             self._alpha = min(1.0, config.alpha * config.reference_steps / total_steps)
         self._t = config.start
         self._momentum = 0.0
+        self._change = 0.0
         self._previous_loss: float | None = None
         self._num_updates = 0
 
@@ -64,6 +66,16 @@ class TaidController:
     def t(self) -> float:
         """The parameter that the next loss is computed with."""
         return self._t
+
+    @property
+    def momentum(self) -> float:
+        """M of the last update; 0 before the first, and with the mode ``linear``."""
+        return self._momentum
+
+    @property
+    def change(self) -> float:
+        """Delta of the last update, the relative fall of the loss; 0 before the first."""
+        return self._change
 
     def observe(self, loss_sum: float, count: float, *, step: int) -> None:
         """Take in the soft loss of one optimiser step (or micro-batch) and move t.
@@ -93,8 +105,8 @@ class TaidController:
         if config.mode == "linear":
             self._t = linear
             return
-        change = (previous - loss) / (previous + EPSILON)
-        self._momentum = config.momentum * self._momentum + (1 - config.momentum) * change
+        self._change = (previous - loss) / (previous + EPSILON)
+        self._momentum = config.momentum * self._momentum + (1 - config.momentum) * self._change
         step_size = self._alpha * _sigmoid(self._momentum) * (1 - self._t)
         self._t = min(config.end, max(linear, self._t + step_size))
 
@@ -103,6 +115,7 @@ class TaidController:
         return TaidState(
             t=self._t,
             momentum=self._momentum,
+            change=self._change,
             previous_loss=self._previous_loss,
             num_updates=self._num_updates,
         )
@@ -111,6 +124,7 @@ class TaidController:
         """Go on from a state; returns the controller."""
         self._t = state["t"]
         self._momentum = state["momentum"]
+        self._change = state["change"]
         self._previous_loss = state["previous_loss"]
         self._num_updates = state["num_updates"]
         return self

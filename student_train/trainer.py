@@ -1,124 +1,88 @@
 """The training loop. One call per rank; a launcher (Ray Train, torchrun, none) sets the ranks."""
 
-import json
 import shutil
-import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from storage.keys import key_of
-from student_train.checkpoint import Checkpoints
+from student_train.best import BEST_DIRECTORY
+from student_train.checkpoint import Checkpoints, SavedStep, remove_checkpoints
 from student_train.config import METRICS_FILE, MODEL_DIRECTORY, TrainConfig, TrainJob
 from student_train.data import LabelReader, collate
-from student_train.documents import isolate_documents
-from student_train.engine import initialize, prepare_process, sum_over_ranks, world
-from student_train.errors import PreflightError
+from student_train.engine import initialize, prepare_process, start_process_group, world
+from student_train.errors import PreflightError, TrainingStoppedError
 from student_train.export import export_student
-from student_train.losses.base import LossTerms
-from student_train.model import Student, load_causal_lm
+from student_train.flops import model_flops
+from student_train.heldout import check_heldout
+from student_train.model import Student, make_student
+from student_train.optimizer_step import OptimizerStep
 from student_train.order import draw_members
-from student_train.preflight import check_labels_serve_loss, check_student_fits_labels
-from student_train.schedules import learning_rate
+from student_train.preflight.before_training import require_fit_job
 from student_train.step_clock import StepClock
 from student_train.step_plan import TrainingPlan
+from student_train.stopping import StopRequest
 from student_train.stream import BatchStream
-
-CHECKPOINTS_DIRECTORY = "checkpoints"
-
-COMMON_METRICS = ("loss", "soft", "hard", "soft_weight", "agreement")
-"""What every loss reports; ``loss.metrics`` names the rest."""
+from student_train.trackers.base import require_trackers
+from student_train.watching import Watch
 
 
-def train_student(job: TrainJob) -> None:
+def train_student(
+    job: TrainJob, *, progress: bool = False, should_stop: Callable[[], bool] | None = None
+) -> None:
     """Train one student from cached labels and export it to ``<output>/model``.
 
     Does nothing where the model is exported already, and resumes from the last checkpoint of the
-    same job. Each optimiser step adds one line to
-    ``metrics.jsonl``: sums over all ranks divided by the global number of supervised tokens.
+    same job. Each optimiser step adds one line to ``metrics.jsonl``: sums over all ranks divided
+    by the global number of supervised tokens.
+
+    Args:
+        job: What to train.
+        progress: Whether rank 0 shows how far the training is, on stderr.
+        should_stop: Asked after every optimiser step on every rank; one rank that is told so, or
+            got SIGTERM, stops all.
 
     Raises:
+        TrainingStoppedError: if it was asked to stop, and has saved a checkpoint.
         PreflightError: if student, labels and loss do not fit.
         NotLabelledError: if the label set lacks samples.
         NonFiniteLossError: if a loss is not finite.
     """
     output = Path(job.output)
     if (output / MODEL_DIRECTORY).is_dir():
-        shutil.rmtree(output / CHECKPOINTS_DIRECTORY, ignore_errors=True)
+        remove_checkpoints(job)
+        shutil.rmtree(output / BEST_DIRECTORY, ignore_errors=True)
         return
     prepare_process(job.threads)
     torch.manual_seed(job.train.seed)
-    reader = LabelReader(
+    require_trackers(job.train.watch.trackers)
+    check_heldout(job)
+    reader = open_labels(job)
+    require_fit_job(job, reader)
+    plan = plan_training(reader, job.train)
+    start_process_group()
+    checkpoints = Checkpoints(job, plan.digest)
+    found = checkpoints.find()
+    student, engine = _build(job, reader, universal=found is not None and found.universal)
+    with StopRequest(should_stop) as stop:
+        training = _Training(job, reader, plan, student, engine, checkpoints=checkpoints, stop=stop)
+        if found is not None:
+            training.restore(found)
+        training.run(progress=progress)
+    torch.distributed.barrier()
+
+
+def open_labels(job: TrainJob) -> LabelReader:
+    """The labels of a job."""
+    return LabelReader(
         job.labels,
         job.train.loss.weight,
         mixture=job.mixture,
         data=job.train.data,
         loader=job.train.loader,
     )
-    check_labels_serve_loss(job.train.loss, reader)
-    check_student_fits_labels(job.model, job.tokenizer, reader)
-    plan = plan_training(reader, job.train)
-    # float32 weights in every case: DeepSpeed makes the bfloat16 copy and keeps the masters
-    language_model = load_causal_lm(job.model, "float32")
-    student = Student(language_model, job.train.loss, reader.vocab_size)
-    if job.train.batch.packing != "padded":
-        isolate_documents(language_model)
-    engine = initialize(student, job.train)
-    rank, world_size = world()
-    _check_lanes(job.train, world_size)
-    checkpoints = Checkpoints(
-        output / CHECKPOINTS_DIRECTORY,
-        {
-            "job": key_of([job.train.deciding(), job.labels, job.mixture, job.model]),
-            # a response that was lost and labelled again has another length
-            "plan": plan.digest,
-            "world_size": str(world_size),
-        },
-    )
-    clock = StepClock(job.train.loss, len(plan))
-    first = checkpoints.load(engine)
-    clock.restore(checkpoints.state)
-    log = MetricsLog(output / METRICS_FILE, first) if rank == 0 else None
-    stream = BatchStream(
-        reader,
-        plan,
-        first_step=first,
-        rank_of_world=(rank, world_size),
-        collate=partial(
-            collate,
-            hard=job.train.loss.hard,
-            spec=reader.spec,
-            packed=job.train.batch.packing != "padded",
-        ),
-        loader=job.train.loader,
-    )
-    with stream:
-        training = _Training(job, plan, stream, engine, clock)
-        for step in range(first, len(plan)):
-            metrics = training.step(step)
-            if log is not None:
-                log.add(metrics)
-            done = step + 1
-            if done % job.train.checkpoint_every_steps == 0 and done < len(plan):
-                checkpoints.save(engine, done, rank, clock.state())
-    if rank == 0:
-        facts = {
-            **job.card,
-            "samples": str(reader.num_samples),
-            "supervised tokens per epoch": str(int(reader.num_rows.sum())),
-            "epochs": str(job.train.epochs),
-            "optimizer steps": str(len(plan)),
-        }
-        export_student(
-            student.language_model,
-            source=Path(job.model),
-            output=output / MODEL_DIRECTORY,
-            card=facts,
-        )
-        checkpoints.remove()
-    torch.distributed.barrier()
 
 
 def plan_training(reader: LabelReader, train: TrainConfig) -> TrainingPlan:
@@ -136,6 +100,12 @@ def plan_training(reader: LabelReader, train: TrainConfig) -> TrainingPlan:
     return TrainingPlan(members, reader.num_rows, reader.num_tokens, train.batch, seed=train.seed)
 
 
+def _build(job: TrainJob, reader: LabelReader, *, universal: bool) -> tuple[Student, Any]:
+    """The student and the engine around it, which may load a checkpoint of other ranks."""
+    student = make_student(job.model, job.train, reader.vocab_size)
+    return student, initialize(student, job.train, universal=universal)
+
+
 def _check_lanes(train: TrainConfig, world_size: int) -> None:
     if world_size > train.batch.lanes:
         raise PreflightError(
@@ -145,90 +115,109 @@ def _check_lanes(train: TrainConfig, world_size: int) -> None:
 
 
 class _Training:
-    """Everything that an optimiser step needs."""
+    """One training on one rank, from its last checkpoint to the exported student.
+
+    Methods are its phases, in order; every rank calls all of them.
+    """
 
     def __init__(
         self,
         job: TrainJob,
+        reader: LabelReader,
         plan: TrainingPlan,
-        stream: BatchStream,
+        student: Student,
         engine: Any,
-        clock: StepClock,
+        *,
+        checkpoints: Checkpoints,
+        stop: StopRequest,
     ) -> None:
-        self._train, self._plan, self._stream = job.train, plan, stream
-        self._engine, self._clock = engine, clock
+        self._job, self._train, self._output = job, job.train, Path(job.output)
+        self._reader, self._plan, self._student, self._engine = reader, plan, student, engine
+        self._rank, self._world_size = world()
+        _check_lanes(self._train, self._world_size)
+        self._clock = StepClock(self._train.loss, len(plan))
+        self._checkpoints = checkpoints
+        self._finished = 0
+        self._step = OptimizerStep(
+            self._train,
+            plan,
+            reader,
+            engine=engine,
+            clock=self._clock,
+            flops=model_flops(student.language_model),
+            stop=stop,
+        )
 
-    def step(self, step: int) -> dict[str, float]:
-        """One optimiser step over all ranks; returns its globally reduced metrics."""
-        started = time.perf_counter()
-        plan = self._plan.step(step)
-        rank, world_size = world()
-        lr = learning_rate(self._train.optimizer, step, len(self._plan))
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
-        # DeepSpeed averages over ranks; times the world size over the global count is the mean
-        scale = world_size / plan.num_supervised
-        at_start = self._clock.now(step)
-        sums = dict.fromkeys((*COMMON_METRICS, *self._train.loss.metrics), 0.0)
-        num_rounds = len(self._plan.rounds(step, rank, world_size))
-        waited_before_s = self._stream.waited_s
-        for number in range(num_rounds):
-            self._engine.set_gradient_accumulation_boundary(number == num_rounds - 1)
-            batch = self._stream.next().to(self._engine.device)
-            terms = self._engine(batch, self._clock.now(step))
-            self._engine.backward(terms.total * (scale if batch.counts else 0.0))
-            if batch.counts:
-                found = _sums(terms, batch.labels.topk_ids_MK[:, 0])
-                self._clock.after_micro_batch(found["soft"], len(batch.labels), step=step)
-                for name in sums:
-                    sums[name] += found[name]
-            self._engine.step()
-        waited_s = self._stream.waited_s - waited_before_s
-        totals = sum_over_ranks({**sums, "data_wait_s": waited_s})
-        self._clock.after_step(totals["soft"], plan.num_supervised, step=step)
-        seconds = time.perf_counter() - started
-        return {
-            "step": step + 1,
-            "total_steps": len(self._plan),
-            "lr": lr,
-            **({} if at_start.t is None else {"t": at_start.t}),
-            **{name: totals[name] / plan.num_supervised for name in sums},
-            "supervised_tokens": plan.num_supervised,
-            "tokens": plan.num_tokens,
-            "seconds": seconds,
-            "data_wait_s": totals["data_wait_s"] / world_size,
-            "data_wait_share": totals["data_wait_s"] / world_size / seconds,
-        }
+    def restore(self, found: SavedStep) -> None:
+        """Go on from a checkpoint."""
+        self._checkpoints.load(self._engine, found)
+        self._finished = found.manifest.step
+        self._clock.restore(found.manifest.state)
 
+    def run(self, *, progress: bool) -> None:
+        """All steps that are not done yet, and the export."""
+        watch = Watch(
+            self._job,
+            engine=self._engine,
+            language_model=self._student.language_model,
+            export=self._export,
+            finished_steps=self._finished,
+            total_steps=len(self._plan),
+            progress=progress,
+        )
+        with watch:
+            with self._stream() as stream:
+                while self._finished < len(self._plan) and not watch.stops:
+                    metrics = self._step(self._finished, stream)
+                    self._finished += 1
+                    watch.after_step(metrics)
+                    self._checkpoint(watch)
+            if not watch.publish_best(self._finished):
+                self._export(self._job, watch.facts, watch.held_out)
+        if self._rank == 0:
+            self._checkpoints.remove()
 
-def _sums(terms: LossTerms, teacher_argmax_M: torch.Tensor) -> dict[str, float]:
-    """The metrics of a micro-batch, summed over its rows in float64."""
-    rows = {
-        "soft": terms.soft_M,
-        "hard": terms.hard_M,
-        "soft_weight": terms.soft_weight_M,
-        "agreement": terms.student_argmax_M == teacher_argmax_M,
-        **terms.metrics,
-    }
-    sums = {name: float(values_M.double().sum()) for name, values_M in rows.items()}
-    return {"loss": float(terms.total.detach()), **sums}
+    def _export(
+        self, job: TrainJob, facts: Mapping[str, str], held_out: Mapping[str, float]
+    ) -> None:
+        """Write the student of now into the output directory of a job."""
+        export_student(
+            self._student.language_model,
+            job,
+            optimizer=self._engine.optimizer,
+            facts={
+                "samples": str(self._reader.num_samples),
+                "supervised tokens per epoch": str(int(self._reader.num_rows.sum())),
+                "epochs": str(self._train.epochs),
+                "optimizer steps": f"{self._finished} of {len(self._plan)}",
+                **facts,
+            },
+            metrics_file=self._output / METRICS_FILE,
+            held_out=held_out,
+            write=self._rank == 0,
+        )
 
+    def _stream(self) -> BatchStream:
+        """The batches of this rank that are still to come."""
+        packed = self._train.batch.packing != "padded"
+        return BatchStream(
+            self._reader,
+            self._plan,
+            first_step=self._finished,
+            rank_of_world=(self._rank, self._world_size),
+            collate=partial(
+                collate, hard=self._train.loss.hard, spec=self._reader.spec, packed=packed
+            ),
+            loader=self._train.loader,
+        )
 
-class MetricsLog:
-    """``metrics.jsonl``: one line per optimiser step, each step once, also after a crash.
-
-    Args:
-        path: The file.
-        finished_steps: Steps that the loaded checkpoint contains; later lines are dropped.
-    """
-
-    def __init__(self, path: Path, finished_steps: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = path.read_text().splitlines()[:finished_steps] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in kept))
-        self._path = path
-
-    def add(self, metrics: dict[str, float]) -> None:
-        """Append one line; it is visible to readers at once."""
-        with self._path.open("a") as stream:
-            stream.write(json.dumps(metrics) + "\n")
+    def _checkpoint(self, watch: Watch) -> None:
+        """Save where one is due, or the training was asked to stop."""
+        done, stops = self._finished, self._step.stops
+        if done == len(self._plan):
+            return
+        if stops or done % self._train.checkpoint.every_steps == 0:
+            self._checkpoints.save(self._engine, done, self._clock.state())
+            watch.after_checkpoint()
+        if stops:
+            raise TrainingStoppedError(done, len(self._plan))

@@ -9,6 +9,7 @@ COMMANDS = {
     "run": "pipeline.commands.run:run",
     "plan": "pipeline.commands.plan:plan",
     "label": "pipeline.commands.label:label",
+    "preflight": "pipeline.commands.preflight:preflight",
     "train": "pipeline.commands.train:train",
     "evaluate": "pipeline.commands.evaluate:evaluate",
     "report": "pipeline.commands.report:report",

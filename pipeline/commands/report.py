@@ -45,7 +45,7 @@ def report(
         raise ConfigError("--set changes the settings of a YAML file; a run folder has its own")
     else:
         project = open_run_folder(target, console(as_json=as_json))
-    with _held(project) as live:
+    with project.ways_out(), _held(project) as live:
         path = write_found(project, find_everything(project, live=live, go_on=go_on))
     written = project.read_json("report.json")
     if as_json:
@@ -54,7 +54,8 @@ def report(
     state = written["state"]
     at = f" at step {state['step']}" if state["step"] else ""
     project.say(f"{project.config.name}: {state['outcome']}{at}")
-    for line in (state["why"], state["go_on"] and f"go on with: {state['go_on']}"):
+    logs = state["logs"] and f"logs: {project.directory / state['logs']}"
+    for line in (state["why"], state["go_on"] and f"go on with: {state['go_on']}", logs):
         if line:
             project.console.print(line, markup=False, highlight=False, soft_wrap=True)
     project.console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)

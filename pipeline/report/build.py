@@ -24,7 +24,7 @@ from storage.keys import key_of
 from storage.tokenizer import TokenDecoder
 from storage.view import LabelView
 
-VERSION = 2
+VERSION = 3
 """Raised when the same run gives another report."""
 
 Report = dict[str, Any]
@@ -60,6 +60,7 @@ def build_report(project: Project, found: Found, *, known_key: str | None = None
         live=found.live,
         missing=[*unlabelled, *_unfinished(found)],
         go_on=found.go_on,
+        own_run=project.run_id,
     )
     published = [student for student in report["students"] if student["published"]]
     report["cost_summary"] = cost_summary(report["costs"], published, report["evaluations"], labels)

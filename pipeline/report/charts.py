@@ -52,13 +52,19 @@ def line_style(student: int) -> str:
     return f"stroke: var(--s{student % COLOURS}); stroke-dasharray: {dashes}"
 
 
-def loss_chart(students: Sequence[dict[str, Any]], term: str) -> Chart | None:
-    """The curves of one loss term; None if no student has a point."""
+def loss_chart(students: Sequence[dict[str, Any]], term: str, curve: str = "curve") -> Chart | None:
+    """The curves of one number; None if no student has a point.
+
+    Args:
+        students: What the report says of them.
+        term: Name of the number in the points of a curve.
+        curve: Which curve: of the training's steps, or of its held-out evaluations.
+    """
     most = max(FEWEST_POINTS, min(MAX_POINTS, ALL_POINTS // max(1, len(students))))
     curves = [
         (number, points)
         for number, student in enumerate(students)
-        if (points := thinned(student["curve"], term, most))
+        if (points := thinned(student[curve], term, most))
     ]
     if not curves:
         return None

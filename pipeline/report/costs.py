@@ -16,11 +16,24 @@ PHASES = {
 """Steps by what they are paid for."""
 
 
+LABEL_FACTS = (
+    "samples",
+    "response_tokens",
+    "tokens_per_second",
+    "engine_seconds",
+    "cost",
+    "failures",
+    "retried_samples",
+)
+"""What labelling notes beside its time."""
+
+
 def cost_rows(events: Sequence[dict[str, Any]], config: RunConfig) -> list[dict[str, Any]]:
     """One row per step that ended, of all runs of a project, in order.
 
-    A step that failed was paid for too; its seconds are those between its events. One that ended
-    without an event cost something that nobody knows and is left out.
+    A step that failed was paid for too, unless it failed before it had begun; its seconds are those
+    between its events where it did not note them. One that ended without an event cost something
+    that nobody knows and is left out.
     """
     rows = []
     begun: dict[str, str] = {}
@@ -31,11 +44,13 @@ def cost_rows(events: Sequence[dict[str, Any]], config: RunConfig) -> list[dict[
         if event["event"] == "started":
             begun[step] = event["time"]
         elif event["event"] in ("finished", "failed"):
-            seconds = event.get("seconds")
+            seconds, start = event.get("seconds"), begun.pop(step, None)
+            if seconds is None and start is None and event["event"] == "failed":
+                continue
             if seconds is None:
-                seconds = _seconds(begun.get(step, event["time"]), event["time"])
+                seconds = _seconds(start or event["time"], event["time"])
             what = event.get("students") or event.get("models") or [event.get("model", "")]
-            devices = num_devices(config, step)
+            devices = num_devices(config, step) * event.get("at_once", 1)
             rows.append(
                 {
                     "step": step,
@@ -46,6 +61,7 @@ def cost_rows(events: Sequence[dict[str, Any]], config: RunConfig) -> list[dict[
                     "device_seconds": round(seconds * devices, 2),
                     "teacher_forward_tokens": event.get("teacher_forward_tokens", 0),
                     "trained_tokens": event.get("trained_tokens", 0),
+                    **{name: event[name] for name in LABEL_FACTS if name in event},
                 }
             )
     return rows
@@ -60,7 +76,7 @@ def num_devices(config: RunConfig, step: str) -> float:
     if step == "label" and cluster.teacher_gpus:
         return float(backend.replicas * getattr(backend, "tensor_parallel", 1))
     if step == "train" and cluster.gpus_per_worker:
-        return cluster.student_workers * cluster.gpus_per_worker
+        return cluster.worker_bounds[1] * cluster.gpus_per_worker
     return 1.0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.steps.evaluate import UNTRAINED, Evaluation
 from pipeline.steps.plan import Plan
-from student_train.config import METRICS_FILE
+from student_train.config import HELDOUT_FILE, METRICS_FILE
 
 CURVE = ("step", "loss", "soft", "hard")
 
@@ -36,6 +36,7 @@ class StudentFolder:
             "published": self.result is not None,
             "directory": str(self.directory),
             "curve": [{name: m[name] for name in CURVE} for m in metrics],
+            "heldout_curve": _metrics(self.directory / HELDOUT_FILE),
         }
 
 

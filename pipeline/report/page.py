@@ -17,6 +17,7 @@ TERMS = (
     ("soft", "Soft term", "divergence from the teacher"),
     ("hard", "Hard term", "of the hard labels, cross-entropy as a rule"),
 )
+HELD_OUT = ("heldout-kl", "Held-out KL", "to the teacher, during the training")
 METRICS = (
     ("kl", "KL to the teacher", "nats per token, lower is better", "low"),
     ("cross_entropy", "Cross-entropy of the hard labels", "nats per token, lower is better", "low"),
@@ -38,6 +39,7 @@ def render_report(report: dict[str, Any]) -> str:
             js=_resource("page.js"),
             metrics=METRICS,
             charts=charts,
+            watched=[(*HELD_OUT, loss_chart(report["students"], "kl", "heldout_curve"))],
             legend=[(n, s) for n, s in enumerate(report["students"]) if s["curve"]],
             line_style=line_style,
             spoken=spoken,

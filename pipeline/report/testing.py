@@ -34,6 +34,7 @@ def make_student(name: str, num_steps: int = 3) -> dict[str, Any]:
         "teacher_forward_tokens": 0,
         "directory": f"runs/demo/students/{name}-0123456789ab",
         "curve": curve,
+        "heldout_curve": [],
     }
 
 

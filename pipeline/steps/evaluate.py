@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import Cluster, unwrapped
+from pipeline.logs import RunLog
 from pipeline.project import Project
 from pipeline.steps.plan import Plan
 from pipeline.steps.train import TrainedStudent
+from storage.errors import DistillError
 from storage.keys import key_of
 from student_train.config import EvaluateConfig, EvaluateJob, LabelSource
 
 UNTRAINED = "untrained"
+
+
+class EvaluationDiedError(DistillError):
+    """The process that measured a model was killed, or crashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +123,7 @@ def _run(project: Project, names: list[str], jobs: list[EvaluateJob], cluster: C
     options = cluster.options(
         threads=cluster.cpus, gpus=project.config.cluster.gpus_per_worker and 1
     )
-    worker = ray.remote(EvaluationWorker).options(**options).remote()
+    worker = ray.remote(EvaluationWorker).options(**options).remote(project.log_for("evaluate"))
     with project.console.status("") as status:
         for number, (name, job) in enumerate(zip(names, jobs, strict=True), start=1):
             status.update(f"evaluating {name} ({number} of {len(jobs)})")
@@ -125,11 +131,19 @@ def _run(project: Project, names: list[str], jobs: list[EvaluateJob], cluster: C
                 ray.get(worker.evaluate.remote(job))
             except ray.exceptions.RayTaskError as error:
                 raise unwrapped(error) from None
+            except ray.exceptions.RayActorError as error:
+                raise EvaluationDiedError(
+                    f"the process that measured {name} died: {error}; if it had too little memory, "
+                    "lower evaluate.micro_tokens; run the command again, what is measured is kept"
+                ) from error
     ray.kill(worker)
 
 
 class EvaluationWorker:
     """Evaluates one model after the other in a process of its own (a Ray actor)."""
+
+    def __init__(self, log: RunLog) -> None:
+        log.start("evaluation")
 
     def evaluate(self, job: EvaluateJob) -> None:
         """Measure one model and write its result."""

@@ -3,13 +3,17 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from pipeline.cluster import Cluster
 from pipeline.project import Project
 from pipeline.steps.label_job import LabelJob
-from pipeline.steps.plan import Plan, expected_response_tokens
+from pipeline.steps.plan import STATES, Plan, counts, expected_response_tokens, states_of
 from pipeline.steps.prepare import PreparedTeacher
 from storage.label_set import LabelSet
 from storage.quarantine import Quarantine
+from storage.request_table import RequestTable
 from storage.selection import SampleRequest, Selection
 from storage.view import LabelView
 
@@ -46,32 +50,67 @@ def label_missing(
         StoppedError: if the command was asked to stop; committed samples are kept.
     """
     view = project.store.view(plan.spec)
-    misses = missing_requests(view, plan.requests())
+    states = states_of(view, plan.requests())
+    misses = _in_key_order(plan.requests(), states != STATES.index("hits"))
     expected_tokens = expected_response_tokens(plan, misses, view)
     label_set = requested_label_set(project, plan, teacher, expected_tokens=expected_tokens)
     quarantine = Quarantine(label_set)
-    missed = {request.key for request in misses}
     if retry_quarantined:
-        quarantine.release(quarantine.keys() & missed)
-    aside = quarantine.keys() & missed
-    wanted = list(with_stored_responses(view, [r for r in misses if r.key not in aside]))
+        quarantine.release(_among(misses, quarantine.keys()))
+    aside = misses.find(quarantine.keys())
+    wanted = Wanted(view, misses.take(np.delete(np.arange(len(misses)), aside)))
     job = LabelJob(project, plan, teacher, cluster, label_set, num_aside=len(aside))
     job.require_few_bad_samples()
-    if wanted:
-        with project.timed("label", label_set=plan.spec.key, samples=len(wanted)) as cost:
+    if len(wanted):
+        facts = {"label_set": plan.spec.key, "samples": len(wanted), **counts(states)}
+        with project.timed("label", **facts) as cost:
             job.run(wanted, cost)
-    aside = quarantine.keys() & missed if job.num_bad else aside
-    return Labelled(len(wanted) - job.num_bad, frozenset(aside))
+    return Labelled(len(wanted) - job.num_bad, frozenset(_among(misses, quarantine.keys())))
+
+
+def _among(requests: RequestTable, keys: set[str]) -> list[str]:
+    """Those of the keys that are keys of the requests."""
+    return requests.keys(requests.find(keys).tolist())
+
+
+def _in_key_order(requests: RequestTable, which: npt.NDArray[np.bool_]) -> RequestTable:
+    # neighbours in key order share storage partitions, so a commit goes to few shards
+    keys, numbers = requests.key_array, np.flatnonzero(which)
+    return requests.take(numbers[np.lexsort((keys[numbers, 1], keys[numbers, 0]))])
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The samples that a label job labels, by number.
+
+    Requests whose response is stored with too few labels are to be scored, not answered anew.
+    """
+
+    view: LabelView
+    table: RequestTable
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def keys(self, numbers: Sequence[int]) -> list[str]:
+        """Sample keys of some of them."""
+        return self.table.keys(numbers)
+
+    def requests(self, numbers: Sequence[int]) -> list[SampleRequest]:
+        """Some of them, made when they are asked for, without their sources."""
+        requests = self.table.requests(numbers, with_sources=False)
+        return list(with_stored_responses(self.view, requests))
 
 
 def without(project: Project, plan: Plan, keys: Iterable[str]) -> Plan:
     """The plan except some samples, such as those in quarantine."""
-    left_out = set(keys)
-    if left_out.isdisjoint(request.key for request in plan.requests()):
+    left_out = list(keys)
+    found = {split: s.table.find(left_out) for split, s in plan.selections.items()}
+    if not any(map(len, found.values())):
         return plan
     selections = {
-        split: Selection(tuple(r for r in selection.requests if r.key not in left_out))
-        for split, selection in plan.selections.items()
+        split: Selection(selection.table.take(np.delete(np.arange(len(selection.table)), out)))
+        for (split, selection), out in zip(plan.selections.items(), found.values(), strict=True)
     }
     objects = project.store.objects
     saved = {split: selection.save(objects) for split, selection in selections.items()}
@@ -114,12 +153,9 @@ def with_stored_responses(
         yield stored.get(request.key, request)
 
 
-def missing_requests(view: LabelView, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
+def missing_requests(view: LabelView, requests: RequestTable) -> RequestTable:
     """The requests that no label set serves, in the order in which they are to be labelled."""
-    served = view.contains([request.key for request in requests]).tolist()
-    misses = [request for request, hit in zip(requests, served, strict=True) if not hit]
-    # neighbours in key order share storage partitions, so a commit goes to few shards
-    return sorted(misses, key=lambda request: request.key)
+    return _in_key_order(requests, states_of(view, requests) != STATES.index("hits"))
 
 
 def requested_label_set(

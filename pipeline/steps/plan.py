@@ -1,23 +1,25 @@
 """Which labels does this project need, which exist, and what will the rest cost?"""
 
 import shutil
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.project import Project
 from pipeline.steps.prepare import PreparedTeacher
 from storage.columns import scalar_columns
 from storage.errors import InputError
 from storage.keys import LabelSetSpec, key_of
-from storage.selection import SampleRequest, Selection, load_selection
+from storage.request_table import RequestTable, unique_requests
+from storage.selection import Selection, load_selection
 from storage.view import LabelView
 from teacher_server.config import DataSource, label_set_spec
-from teacher_server.prompts import Prompts, Tokenizer, read_prompts, select_samples
+from teacher_server.prompts import Prompts, Tokenizer, select_samples, stream_prompts
 
 SPLITS = ("train", "heldout")
 STATES = ("hits", "upgrades", "misses")
@@ -38,9 +40,11 @@ PLAN_FILE = "plan.json"
 """The newest plan, for a report of a run that ended before it could write one."""
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PERCENTILES = (50, 90)
+KEYS_AT_ONCE = 2**20
+"""Samples about which a store is asked at once."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """What a project asks of the label cache."""
 
@@ -53,19 +57,20 @@ class Plan:
     context: int
     """Tokens that the teacher can attend to."""
 
-    def requests(self) -> list[SampleRequest]:
+    @cached_property
+    def _requests(self) -> RequestTable:
+        return unique_requests([self.selections[split].table for split in SPLITS])
+
+    def requests(self) -> RequestTable:
         """All samples of all splits, each once, in order."""
-        unique = {r.key: r for split in SPLITS for r in self.selections[split].requests}
-        return list(unique.values())
+        return self._requests
 
     @property
     def max_model_len(self) -> int:
         """Tokens of the longest prompt with its response."""
-        sampling = self.spec.generation.sampling
-        return max(
-            len(r.prompt_ids_P) + (sampling.max_tokens if sampling is not None else _length(r) + 1)
-            for r in self.requests()
-        )
+        sampling, requests = self.spec.generation.sampling, self.requests()
+        answers = requests.num_response_tokens + 1 if sampling is None else sampling.max_tokens
+        return int((requests.num_prompt_tokens + answers).max())
 
 
 def make_plan(project: Project, teacher: PreparedTeacher) -> Plan:
@@ -99,8 +104,13 @@ def make_plan(project: Project, teacher: PreparedTeacher) -> Plan:
     )
     name = f"{PLANS_DIRECTORY}/{key[:12]}.json"
     known = project.read_json(name)
-    if known is None or not _stored(project, known):
-        known = _resolve(project, teacher, sources)
+    objects = project.store.objects
+    if known is not None and _stored(project, known):
+        selections = {s: load_selection(objects, known["selections"][s]) for s in SPLITS}
+    else:
+        selections, skipped = _resolve(project, teacher, sources)
+        keys = {split: selection.save(objects) for split, selection in selections.items()}
+        known = {"selections": keys, "skipped_rows": skipped}
         project.write_json(name, known)
     asked = {
         "label_set": spec.key,
@@ -110,8 +120,6 @@ def make_plan(project: Project, teacher: PreparedTeacher) -> Plan:
     }
     if project.read_json(PLAN_FILE) != asked:
         project.write_json(PLAN_FILE, asked)
-    objects = project.store.objects
-    selections = {split: load_selection(objects, known["selections"][split]) for split in SPLITS}
     return Plan(
         spec, selections, known["selections"], tuple(known["skipped_rows"]), teacher.context
     )
@@ -146,26 +154,29 @@ def _content(project: Project, sources: tuple[DataSource, ...]) -> list[Any]:
 
 def _resolve(
     project: Project, teacher: PreparedTeacher, sources: dict[str, tuple[DataSource, ...]]
-) -> dict[str, Any]:
-    """Read, check and tokenize all prompts; nothing is stored unless all splits are usable."""
+) -> tuple[dict[str, Selection], list[str]]:
+    """Read, check and tokenize all prompts; also returns the rows that are left out.
+
+    Raises:
+        InputError: if rows are unusable, or none is left.
+    """
     config = project.config
-    with project.console.status("reading prompts"):
-        prompts = {
-            split: read_prompts(files, mode=config.label.mode) for split, files in sources.items()
-        }
-    if config.data.on_bad_row == "stop":
-        _all(prompts).require_all_good()
-    with project.console.status("tokenizing prompts"):
+
+    def load_tokenizer() -> Tokenizer:
         from transformers import AutoTokenizer
 
-        tokenizer = cast(
-            Tokenizer,
-            AutoTokenizer.from_pretrained(
-                teacher.model.directory,
-                local_files_only=True,
-                trust_remote_code=config.teacher.trust_remote_code,
-            ),
+        directory = teacher.model.directory
+        trusted = config.teacher.trust_remote_code
+        found = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trusted
         )
+        return cast(Tokenizer, found)
+
+    with project.console.status("reading prompts"):
+        prompts = {
+            split: stream_prompts(files, mode=config.label.mode) for split, files in sources.items()
+        }
+        tokenizer = cast(Tokenizer, _LazyTokenizer(load_tokenizer))
         selections = {
             split: select_samples(
                 rows,
@@ -176,25 +187,33 @@ def _resolve(
             )
             for split, rows in prompts.items()
         }
+    bad = [row for rows in prompts.values() for row in rows.bad]
     if config.data.on_bad_row == "stop":
-        _all(prompts).require_all_good()
+        Prompts(bad=bad).require_all_good()
     if not selections["train"].requests:
         raise InputError(
             f"the files of data.train hold no usable prompt ({len(prompts['train'].bad)} unusable "
             "rows); there is nothing to label or to learn from"
         )
-    objects = project.store.objects
-    return {
-        "selections": {split: selection.save(objects) for split, selection in selections.items()},
-        "skipped_rows": [str(row) for row in _all(prompts).bad],
-    }
+    return selections, [str(row) for row in bad]
 
 
-def _all(prompts: dict[str, Prompts]) -> Prompts:
-    return Prompts(
-        rows=[row for split in prompts.values() for row in split.rows],
-        bad=[row for split in prompts.values() for row in split.bad],
-    )
+class _LazyTokenizer:
+    """A tokenizer that is loaded when a row needs it: token ids need none.
+
+    Args:
+        load: Loads it; takes seconds.
+    """
+
+    def __init__(self, load: Callable[[], Tokenizer]) -> None:
+        self._load = load
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return self._load()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def forecast(project: Project, plan: Plan) -> dict[str, Any]:
@@ -205,25 +224,25 @@ def forecast(project: Project, plan: Plan) -> dict[str, Any]:
     """
     view = project.store.view(plan.spec)
     requests = plan.requests()
-    states = _states(view, requests)
-    to_label = [r for r in requests if states[r.key] != "hits"]
+    states = states_of(view, requests)
+    to_label = requests.take(np.flatnonzero(states != STATES.index("hits")))
     expected = expected_response_tokens(plan, to_label, view)
-    prompt_tokens = sum(len(r.prompt_ids_P) for r in to_label)
-    labelled = expected - sum(map(_unlabelled, to_label))
-    shared = set(plan.selections["train"].sample_keys) & set(plan.selections["heldout"].sample_keys)
+    prompt_tokens = int(to_label.num_prompt_tokens.sum())
+    labelled = expected - int(to_label.num_unlabelled_tokens.sum())
+    tables = {split: selection.table for split, selection in plan.selections.items()}
     return {
         "label_set": plan.spec.key,
         "store": project.store_uri,
         "splits": {
             split: {
-                "prompts": sum(len(r.sources) for r in selection.requests if r.sample_index == 0),
-                "samples": len(selection.requests),
-                **_counts(states, selection.requests),
+                "prompts": int(table.num_sources[table.sample_index == 0].sum()),
+                "samples": len(table),
+                **counts(states_of(view, table)),
             }
-            for split, selection in plan.selections.items()
+            for split, table in tables.items()
         },
-        **_counts(states, requests),
-        "in_both_splits": len(shared),
+        **counts(states),
+        "in_both_splits": sum(map(len, tables.values())) - len(requests),
         "expected_response_tokens": expected,
         "expected_prompt_tokens": prompt_tokens,
         "expected_forward_tokens": prompt_tokens + expected,
@@ -246,23 +265,24 @@ def _bytes_per_token(spec: LabelSetSpec) -> float:
     )
 
 
-def _states(view: LabelView, requests: Sequence[SampleRequest]) -> dict[str, str]:
-    """By sample key: what is stored of it, one of STATES."""
-    found = view.plan([request.key for request in requests])
-    columns = (getattr(found, state).tolist() for state in STATES)
-    return {
-        request.key: STATES[flags.index(True)]
-        for request, *flags in zip(requests, *columns, strict=True)
-    }
+def states_of(view: LabelView, requests: RequestTable) -> npt.NDArray[np.int8]:
+    """int8[N]: what is stored of every sample, as its place in STATES."""
+    states = np.zeros(len(requests), dtype=np.int8)
+    for start in range(0, len(requests), KEYS_AT_ONCE):
+        numbers = range(start, min(start + KEYS_AT_ONCE, len(requests)))
+        found = view.plan(requests.keys(numbers))
+        for number, state in enumerate(STATES):
+            states[numbers.start : numbers.stop][getattr(found, state)] = number
+    return states
 
 
-def _counts(states: dict[str, str], requests: Sequence[SampleRequest]) -> dict[str, int]:
-    """How many of these samples are in each state."""
-    counter = Counter(states[request.key] for request in requests)
-    return {state: counter[state] for state in STATES}
+def counts(states: npt.NDArray[np.int8]) -> dict[str, int]:
+    """How many samples are in each state."""
+    found = np.bincount(states, minlength=len(STATES))
+    return dict(zip(STATES, found.tolist(), strict=True))
 
 
-def expected_response_tokens(plan: Plan, requests: Sequence[SampleRequest], view: LabelView) -> int:
+def expected_response_tokens(plan: Plan, requests: RequestTable, view: LabelView) -> int:
     """Response tokens that labelling these samples will make.
 
     Exact in score mode; otherwise the mean length of the responses that this teacher gave so far
@@ -271,43 +291,30 @@ def expected_response_tokens(plan: Plan, requests: Sequence[SampleRequest], view
     """
     sampling = plan.spec.generation.sampling
     if sampling is None:
-        return sum(_length(request) for request in requests)
+        return int(requests.num_response_tokens.sum())
     totals = [label_set.totals() for label_set in (*view.sets, *view.upgradable)]
     num_samples = sum(found.num_samples for found in totals)
     if num_samples == 0:
-        return sum(min(sampling.max_tokens, _room(plan, request)) for request in requests)
+        return int(np.minimum(sampling.max_tokens, _room(plan, requests)).sum())
     return round(len(requests) * sum(found.num_tokens for found in totals) / num_samples)
 
 
-def _prompt_lengths(requests: Sequence[SampleRequest]) -> dict[str, int]:
+def _prompt_lengths(requests: RequestTable) -> dict[str, int]:
     """Percentiles of the tokens of a prompt, each a length that occurs."""
-    lengths = [len(request.prompt_ids_P) for request in requests if request.sample_index == 0]
+    lengths = requests.num_prompt_tokens[requests.sample_index == 0]
     found = np.percentile(lengths, [*PERCENTILES, 100], method="inverted_cdf")
     names = (*(f"p{percentile}" for percentile in PERCENTILES), "max")
     return {name: int(length) for name, length in zip(names, found, strict=True)}
 
 
-def _cut_by_context(plan: Plan, requests: Sequence[SampleRequest]) -> int:
+def _cut_by_context(plan: Plan, requests: RequestTable) -> int:
     """Prompts whose responses the context may end before ``max_tokens`` does."""
     sampling = plan.spec.generation.sampling
     if sampling is None:
         return 0
-    return sum(
-        _room(plan, request) < sampling.max_tokens
-        for request in requests
-        if request.sample_index == 0
-    )
+    return int((_room(plan, requests) < sampling.max_tokens)[requests.sample_index == 0].sum())
 
 
-def _room(plan: Plan, request: SampleRequest) -> int:
-    """Tokens that the context leaves for the response."""
-    return plan.context - len(request.prompt_ids_P)
-
-
-def _unlabelled(request: SampleRequest) -> int:
-    """Response tokens that the label mask leaves out."""
-    return 0 if request.label_mask_R is None else int((~request.label_mask_R).sum())
-
-
-def _length(request: SampleRequest) -> int:
-    return 0 if request.response_ids_R is None else len(request.response_ids_R)
+def _room(plan: Plan, requests: RequestTable) -> npt.NDArray[np.int64]:
+    """int64[N]: tokens that the context leaves for the response."""
+    return plan.context - requests.num_prompt_tokens

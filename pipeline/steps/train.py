@@ -1,20 +1,21 @@
 """Train students from cached labels under Ray Train, with DeepSpeed inside."""
 
-import importlib
 import json
 import shutil
 import threading
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import Cluster, unwrapped
+from pipeline.cluster import Cluster
 from pipeline.project import Project, teacher_forward_tokens
 from pipeline.steps.plan import Plan
 from pipeline.steps.prepare import PreparedModel, PreparedTeacher
+from pipeline.steps.student_queue import StudentTraining
+from pipeline.steps.student_runs import StudentRuns
+from pipeline.stopping import StoppedError
 from pipeline.text import kind_text
 from storage.errors import DistillError
 from storage.files import write_atomically
@@ -22,18 +23,22 @@ from storage.keys import key_of
 from student_train.config import (
     METRICS_FILE,
     MODEL_DIRECTORY,
+    SELECTION_FILE,
     LabelSource,
     TrainConfig,
     TrainJob,
 )
 from student_train.label_sources import require_fit_labels, resolve_labels
+from student_train.progress import Pace
 
 RESULT_FILE = "student.json"
-RAY_TRAIN_RESOURCES = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
-"""Ray Train's names of the shares that Ray's own options call otherwise."""
 POLL_S = 0.5
-MAX_FAILURES = 2
-"""Restarts of a training whose worker died; it resumes from its last checkpoint."""
+LAST_LINES_BYTES = 2**16
+"""Enough to hold the last line of ``metrics.jsonl`` whole."""
+
+
+class StudentsFailedError(DistillError):
+    """Some students could not be trained; the others are published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +80,66 @@ def train_students(
 ) -> list[TrainedStudent]:
     """Train the students that are not published yet; returns all, in the given order.
 
-    They are trained one after the other by the same processes, whose start costs more than a small
-    student. Each is published by itself, so a crash loses at most the one in training, and that
-    one goes on from its last checkpoint.
+    As many at once as the cluster has room for. Each is published as soon as it is trained, so a
+    crash loses none of them, and those in training go on from their last checkpoints.
+
+    Raises:
+        StudentsFailedError: if some could not be trained; the others were, and are published.
+        StoppedError: if this process was asked to stop.
     """
-    places = {request.name: _place(project, request, plan) for request in requests}
-    missing = unpublished(project, requests, plan)
-    names = [request.name for request in missing]
+    missing = {request.name: request for request in unpublished(project, requests, plan)}
     if missing:
-        jobs = [
-            _job(project, request, plan, teacher, places[request.name][1], cluster)
-            for request in missing
-        ]
+        places = {name: _place(project, request, plan) for name, request in missing.items()}
+        jobs = {
+            name: _job(project, request, plan, teacher, places[name][1], cluster)
+            for name, request in missing.items()
+        }
+        at_once = cluster.students_at_once(len(jobs))
         before = teacher_forward_tokens(project.events())
-        with project.timed("train", students=names) as cost:
-            with _progress_bars(project, dict(zip(names, jobs, strict=True))):
-                _fit(project, jobs, cluster)
-            cost["teacher_forward_tokens"] = teacher_forward_tokens(project.events()) - before
-            results = [
-                _publish(project, request, *places[request.name], plan, cost) for request in missing
-            ]
-            cost["trained_tokens"] = sum(result["trained_tokens"] for result in results)
+        with project.timed("train", students=list(jobs), at_once=at_once) as cost:
+            cost["trained_tokens"] = 0
+
+            def publish(name: str) -> None:
+                tokens = teacher_forward_tokens(project.events()) - before
+                result = _publish(project, missing[name], *places[name], plan, tokens)
+                cost["teacher_forward_tokens"] = tokens
+                cost["trained_tokens"] += result["trained_tokens"]
+
+            with _progress_bars(project, jobs) as steps:
+                runs = StudentRuns(project, cluster, jobs, at_once=at_once)
+                ended = runs.run(trained=publish, steps_done=lambda name: steps.get(name, 0))
+            require_all_trained(ended, steps)
     students = published_students(project, requests, plan)
-    return [replace(student, was_published=student.name not in names) for student in students]
+    return [replace(student, was_published=student.name not in missing) for student in students]
+
+
+def require_all_trained(students: dict[str, StudentTraining], steps: dict[str, int]) -> None:
+    """All students are trained.
+
+    Raises:
+        StudentsFailedError: naming those that failed, and why.
+        StoppedError: saying how far each one is.
+    """
+    trained = [name for name, student in students.items() if student.state == "trained"]
+    failed = {name: student.why for name, student in students.items() if student.state == "failed"}
+    if failed:
+        listed = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
+        raise StudentsFailedError(
+            f"{len(failed)} of {len(students)} students could not be trained:\n  {listed}\n"
+            f"{', '.join(trained) or 'none'} trained and published. The logs of the run folder say "
+            "more. Run the command again after the cause is gone: it trains what is missing, from "
+            "the last checkpoints; or leave a student out with --set students.NAME=null"
+        )
+    if len(trained) < len(students):
+        far = (
+            f"{name} {student.why or f'waits at step {steps.get(name, 0)}'}"
+            for name, student in students.items()
+            if student.state != "trained"
+        )
+        raise StoppedError(
+            f"stopped: {len(trained)} of {len(students)} students are trained and published; "
+            f"{'; '.join(far)}; run the command again to go on"
+        )
 
 
 def published_students(
@@ -133,14 +175,15 @@ def _place(project: Project, request: StudentRequest, plan: Plan) -> tuple[str, 
     The key covers everything that decides what it becomes: settings, initial weights, labels and
     selection.
     """
-    key = key_of(
-        {
-            "train": request.train.deciding(),
-            "untrained": request.untrained.fingerprint,
-            "label_set": plan.spec.key,
-            "selection": plan.selection_keys["train"],
-        }
-    )
+    decides = {
+        "train": request.train.deciding(),
+        "untrained": request.untrained.fingerprint,
+        "label_set": plan.spec.key,
+        "selection": plan.selection_keys["train"],
+    }
+    if request.train.heldout_decides:
+        decides["heldout"] = plan.selection_keys["heldout"]
+    key = key_of(decides)
     return key, project.directory / "students" / f"{request.name}-{key[:12]}"
 
 
@@ -150,7 +193,7 @@ def _publish(
     key: str,
     directory: Path,
     plan: Plan,
-    cost: dict[str, Any],
+    forward_tokens: int,
 ) -> dict[str, Any]:
     """Write ``student.json``: the student exists from here on."""
     metrics = _metrics(directory / METRICS_FILE)
@@ -164,9 +207,11 @@ def _publish(
         "steps": len(metrics),
         "trained_tokens": sum(m["tokens"] for m in metrics),
         "seconds": round(sum(m["seconds"] for m in metrics), 2),
-        "teacher_forward_tokens": cost["teacher_forward_tokens"],
+        "teacher_forward_tokens": forward_tokens,
         "final": metrics[-1],
     }
+    if (directory / SELECTION_FILE).is_file():
+        result["exported"] = json.loads((directory / SELECTION_FILE).read_text())
     write_atomically(directory / RESULT_FILE, json.dumps(result, indent=1).encode())
     return result
 
@@ -203,11 +248,15 @@ def _job(
         label_set=plan.spec.key,
         selection=plan.selection_keys["train"],
     )
+    heldout = None
+    if train.heldout.every_steps is not None and plan.selections["heldout"].requests:
+        heldout = own.model_copy(update={"selection": plan.selection_keys["heldout"]})
     labels, *mixture = resolve_labels(own, train.data)
     require_fit_labels(mixture)  # the project's own were looked at before anything was prepared
     job = TrainJob(
         labels=labels,
         mixture=tuple(mixture),
+        heldout=heldout,
         model=untrained.directory,
         tokenizer=teacher.model.directory,
         train=train,
@@ -219,86 +268,45 @@ def _job(
     return job
 
 
-def _train_loop(config: dict[str, list[str]]) -> None:
-    """What every Ray Train worker runs; Ray has set the ranks."""
-    from student_train.trainer import train_student
-
-    for text in config["jobs"]:
-        train_student(TrainJob.model_validate_json(text))
-
-
-def _fit(project: Project, jobs: list[TrainJob], cluster: Cluster) -> None:
-    cluster.require_cpus(
-        project.config.cluster.student_workers,
-        cluster.student_threads,
-        "cluster.student_workers and cluster.student_threads",
-    )
-    ray: Any = cluster.ray
-    importlib.import_module("ray.train.torch")  # an attribute of ray from here on
-    config = project.config.cluster
-    use_gpu = config.gpus_per_worker > 0
-    share = cluster.options(threads=cluster.student_threads, gpus=config.gpus_per_worker)
-    # our checkpoints are in the run folder; Ray keeps its own bookkeeping here until it is done
-    bookkeeping = project.directory / ".ray"
-    trainer = ray.train.torch.TorchTrainer(
-        _train_loop,
-        train_loop_config={"jobs": [job.model_dump_json() for job in jobs]},
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.student_workers,
-            use_gpu=use_gpu,
-            resources_per_worker={
-                name: share[option]
-                for name, option in RAY_TRAIN_RESOURCES.items()
-                if share.get(option)
-            },
-        ),
-        run_config=ray.train.RunConfig(
-            name=uuid.uuid4().hex[:12],
-            storage_path=str(bookkeeping),
-            failure_config=ray.train.FailureConfig(
-                max_failures=MAX_FAILURES, controller_failure_limit=1
-            ),
-            worker_runtime_env=share["runtime_env"],
-        ),
-    )
-    try:
-        trainer.fit()
-    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        raise _cause(error) from error
-    finally:
-        shutil.rmtree(bookkeeping, ignore_errors=True)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """A worker's own failure where the user can fix it; the whole error otherwise."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        found = unwrapped(failure)
-        if isinstance(found, DistillError):
-            return found
-    return unwrapped(error)
-
-
 def _metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().split("\n") if line.endswith("}")]
 
 
+def _last_step(path: Path) -> dict[str, Any] | None:
+    """The newest step that a training noted; a line that is being written is left out."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - LAST_LINES_BYTES))
+        lines = [line for line in stream.read().split(b"\n") if line.endswith(b"}")]
+    return json.loads(lines[-1]) if lines else None
+
+
 @contextmanager
-def _progress_bars(project: Project, jobs: dict[str, TrainJob]) -> Iterator[None]:
-    """Show every training from the lines that it writes, until the block ends."""
+def _progress_bars(project: Project, jobs: dict[str, TrainJob]) -> Iterator[dict[str, int]]:
+    """Show every training from the lines that it writes, until the block ends.
+
+    Yields:
+        Steps that were seen, by student; it changes while the block goes on.
+    """
     finished = threading.Event()
+    steps: dict[str, int] = {}
+    paces = {name: Pace() for name in jobs}
     with project.bars() as bars, project.console.status("starting the trainer") as status:
 
         def show() -> None:
             for name, job in jobs.items():
-                metrics = _metrics(Path(job.output) / METRICS_FILE)
-                if metrics:
+                last = _last_step(Path(job.output) / METRICS_FILE)
+                if last is not None and last["step"] != steps.get(name):
                     status.stop()
-                    last = metrics[-1]
-                    loss = f"loss {last['loss']:.3f}"
-                    bars.show(f"training {name}", last["step"], last["total_steps"], loss)
+                    steps[name] = last["step"]
+                    paces[name].add(last)
+                    pace = paces[name].text(last["total_steps"] - last["step"])
+                    state = f"loss {last['loss']:.3f}, {pace}"
+                    bars.show(f"training {name}", last["step"], last["total_steps"], state)
+                    _export(project, name, last)
 
         def watch() -> None:
             while not finished.wait(POLL_S):
@@ -307,8 +315,20 @@ def _progress_bars(project: Project, jobs: dict[str, TrainJob]) -> Iterator[None
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            yield
+            yield steps
         finally:
             finished.set()
             watcher.join()
             show()
+
+
+def _export(project: Project, name: str, last: dict[str, Any]) -> None:
+    """The newest step of a student, for Prometheus."""
+    for metric, value in {
+        "training_step": last["step"],
+        "training_total_steps": last["total_steps"],
+        "training_loss": last["loss"],
+        "training_tokens_per_second": last["tokens"] / max(1e-9, last["seconds"]),
+        "training_data_wait_share": last["data_wait_share"],
+    }.items():
+        project.metrics.set(metric, value, student=name)

@@ -8,7 +8,9 @@ running sum gives the rounded value back exactly, so the error never exceeds 1/5
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -86,7 +88,7 @@ def from_planes(planes: Sequence[npt.NDArray[np.uint8]]) -> DecodedLabels:
     ids_NK = _combine(planes[: len(ID_PLANES)])
     steps_NK = _combine(planes[len(ID_PLANES) :])
     np.cumsum(steps_NK, axis=1, out=steps_NK)
-    logprobs_NK = _empty(steps_NK.shape, np.float32)
+    logprobs_NK = empty(steps_NK.shape, np.float32)
     logprobs_NK[...] = steps_NK
     logprobs_NK *= np.float32(-1.0 / STEPS_PER_NAT)
     return ids_NK, logprobs_NK
@@ -97,7 +99,7 @@ def _combine(planes: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.int32]:
     low_NK = planes[1].astype(np.uint16)
     low_NK <<= 8
     low_NK |= planes[0]
-    values_NK: npt.NDArray[np.int32] = _empty(low_NK.shape, np.int32)
+    values_NK: npt.NDArray[np.int32] = empty(low_NK.shape, np.int32)
     values_NK[...] = low_NK
     for plane_NK in planes[2:]:
         if plane_NK.any():  # ids of most vocabularies fit two bytes
@@ -107,13 +109,29 @@ def _combine(planes: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.int32]:
     return values_NK
 
 
-def _empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """An array in Arrow's memory pool, which keeps what is freed.
+def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array in one of Arrow's memory pools.
 
-    Batch after batch in new memory from the system would make decoding a third slower.
+    Its default pool keeps what is freed: batch after batch in new memory would make decoding a
+    third slower. Inside :func:`long_lived` it is that of the system. What stays needs new memory
+    anyway, and the default pool takes it in huge pages, which may take longer to clear than the
+    labels take to decode.
     """
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    return np.ndarray(shape, dtype, buffer=pa.allocate_buffer(num_bytes))
+    return np.ndarray(shape, dtype, buffer=pa.allocate_buffer(num_bytes, memory_pool=_POOL.get()))
+
+
+_POOL: ContextVar[pa.MemoryPool | None] = ContextVar("pool", default=None)
+
+
+@contextmanager
+def long_lived() -> Iterator[None]:
+    """Arrays that :func:`empty` makes in here are kept for long, many at a time."""
+    token = _POOL.set(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        _POOL.reset(token)
 
 
 def plane_fields(width: int) -> list[pa.Field]:

@@ -1,6 +1,6 @@
 """Options of the hard side, with the published defaults. No torch import here."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,9 +16,6 @@ class HardTermOptions(Config):
 
     type: str
 
-    metrics: ClassVar[tuple[str, ...]] = ()
-    """Names of what the term reports for every step."""
-
 
 class CrossEntropyConfig(HardTermOptions):
     """Minus the student's log-prob of the hard label."""
@@ -30,7 +27,6 @@ class RiskGuidedConfig(HardTermOptions):
     """Cross-entropy that also looks one token ahead (Bridge-Garden, the best variant there)."""
 
     type: Literal["risk_guided"] = "risk_guided"
-    metrics: ClassVar[tuple[str, ...]] = ("risk",)
     alpha: float = Field(default=0.05, gt=0)
     """Strength of the chi-square term. 0.05 is the authors' release; their paper names 0.1."""
     gamma: float = Field(default=0.9999, gt=0, le=1)

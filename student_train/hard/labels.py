@@ -5,23 +5,26 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from storage.samples import LabelledSample
+from storage.label_batch import SampleRanges
 from student_train.hard.config import HardLabel
 
 
 def hard_labels(
-    sample: LabelledSample, hard: HardLabel, *, vocab_size: int
+    samples: SampleRanges, hard: HardLabel, *, vocab_size: int
 ) -> npt.NDArray[np.int64]:
-    """Hard label of every label row of a sample, int64[N].
+    """Hard label of every label row of some samples, int64[M].
 
     ``sampled`` and ``dataset`` are the response token, which the teacher drew or which was given;
     ``argmax`` is the first stored token; ``random`` is a control.
     """
-    if hard == "argmax":
-        return sample.topk_ids_NK[:, 0].astype(np.int64)
     if hard == "random":
-        return random_tokens(sample.key, sample.positions_N, vocab_size=vocab_size)
-    return sample.token_ids_N.astype(np.int64)
+        positions_M = samples.rows.copy([b.positions_N for b in samples.batches], np.int64)
+        parts = np.split(positions_M, np.cumsum(samples.rows.length_S)[:-1])
+        pairs = zip(samples.keys, parts, strict=True)
+        return np.concatenate([random_tokens(*pair, vocab_size=vocab_size) for pair in pairs])
+    if hard == "argmax":
+        return samples.rows.copy([b.topk_ids_NK[:, 0] for b in samples.batches], np.int64)
+    return samples.rows.copy([b.token_ids_N for b in samples.batches], np.int64)
 
 
 def random_tokens(

@@ -24,7 +24,8 @@ How the parts meet:
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, cast
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -169,11 +170,11 @@ class FixedWeights:
         return self.soft_M[place], self.hard_M[place]
 
 
-@dataclass(frozen=True)
-class LossTerms:
+class LossTerms(NamedTuple):
     """What a loss returns: a sum with gradient, and detached terms to look at.
 
-    Without slots: ZeRO stage 3 looks for tensors in the ``vars`` of what a module returns.
+    A tuple, because DeepSpeed prepares a backward pass in hooks on the tensors that it finds in
+    what a module returns, and it looks into tuples, lists and dicts only.
     """
 
     total: Tensor
@@ -186,7 +187,9 @@ class LossTerms:
     """float32[M]: weight that the soft term got."""
     student_argmax_M: Tensor
     """int64[M]: the student's likeliest token."""
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    student_MC: Tensor
+    """float32[M, C]: the student's log-probs of the categories at temperature 1, detached."""
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
     """float[M] each: what this loss reports besides, detached, by the name of its metric."""
 
 

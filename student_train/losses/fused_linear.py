@@ -53,6 +53,11 @@ class FusedTerms:
     """float[M]: weight that the divergence got."""
     hard_weight_M: Tensor
     """float[M]: weight that the cross-entropy got."""
+    student_MC: Tensor
+    """float[M, C]: the student's log-probs of the categories at temperature 1."""
+    topk_overlap_M: Tensor | None
+    """float[M]: share of the stored tokens among as many likeliest ones of the student; None unless
+    it is asked for."""
 
 
 def fused_linear_loss(
@@ -63,6 +68,7 @@ def fused_linear_loss(
     divergence: Divergence | None,
     weights: RowWeighting,
     entropy_weight_M: Tensor | None = None,
+    topk_overlap: bool = False,
     vocab_size: int,
 ) -> FusedTerms:
     r"""Sum over rows of a weighted divergence, cross-entropy and negative entropy.
@@ -81,6 +87,8 @@ def fused_linear_loss(
         weights: a and b of every row: ``FixedWeights``, or a function of the student's log-prob of
             the hard label, which is known in the pass before the gradient is written.
         entropy_weight_M: float[M], c; detached. None computes no entropy.
+        topk_overlap: Whether the overlap of the likeliest tokens is computed: for evaluation, it
+            takes about as long as a softmax.
         vocab_size: Effective vocabulary, at most V.
 
     Returns:
@@ -90,7 +98,12 @@ def fused_linear_loss(
     Raises:
         NonFiniteLossError: if a row's loss is NaN or infinite, naming the rows.
     """
-    options = KernelOptions(vocab_size, head.softcap, entropy=entropy_weight_M is not None)
+    options = KernelOptions(
+        vocab_size,
+        head.softcap,
+        entropy=entropy_weight_M is not None,
+        overlap=topk_overlap,
+    )
     soft = None if divergence is None else as_soft_term(divergence)
     if soft is not None:
         options = replace(options, temperature=soft.temperature, sampled=soft.sampled)
@@ -98,6 +111,8 @@ def fused_linear_loss(
     terms = FusedTerms(
         *_FusedLinear.apply(*_scaled(hidden_MH, head), labels, options)  # type: ignore[no-untyped-call]
     )
+    if rows.topk_ids_MK.shape[1] == 0:
+        terms = replace(terms, student_MC=terms.student_MC[:, -1:])
     _check_finite(soft=terms.soft_M, hard=terms.hard_M, entropy=terms.entropy_M)
     return terms
 
@@ -127,7 +142,8 @@ class _FusedLinear(torch.autograd.Function):
         grad_hidden_MH = torch.empty_like(hidden_MH) if needs_hidden else None
         grad_weight = WeightGradient(weight_VH, work) if needs_weight else None
         grad_bias = BiasGradient(bias_V, work) if bias_V is not None and needs_bias else None
-        sweep = _Sweep(work, labels, with_gradient=needs_hidden or needs_weight or needs_bias)
+        needs_gradient = needs_hidden or needs_weight or needs_bias
+        sweep = _Sweep(work, labels, overlap=options.overlap, with_gradient=needs_gradient)
         for chunk in work.chunks(labels.rows):
             sweep(chunk)
             if grad_hidden_MH is not None:
@@ -145,6 +161,7 @@ class _FusedLinear(torch.autograd.Function):
         outputs = (
             *(sweep.soft_M, sweep.hard_M, sweep.argmax_M, sweep.entropy_M),
             *(sweep.soft_weight_M, sweep.hard_weight_M),
+            *(sweep.student_MC, sweep.topk_overlap_M),
         )
         ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
         return sweep.total(), *outputs
@@ -162,7 +179,9 @@ class _FusedLinear(torch.autograd.Function):
 class _Sweep:
     """Collects the terms of every row; leaves the gradient where the logits were."""
 
-    def __init__(self, work: HeadChunks, labels: _Labels, *, with_gradient: bool) -> None:
+    def __init__(
+        self, work: HeadChunks, labels: _Labels, *, overlap: bool, with_gradient: bool
+    ) -> None:
         num_rows = len(labels.rows)
         self._work = work
         self._labels = labels
@@ -174,6 +193,8 @@ class _Sweep:
         self.entropy_M = work.new_empty(num_rows) if has_entropy else None
         self.soft_weight_M = work.new_empty(num_rows)
         self.hard_weight_M = work.new_empty(num_rows)
+        self.student_MC = work.new_empty(num_rows, labels.rows.topk_ids_MK.shape[1] + 1)
+        self.topk_overlap_M = work.new_empty(num_rows) if overlap else None
 
     def __call__(self, chunk: Block) -> None:
         soft, dtype = self._labels.soft, self._work.dtype
@@ -191,8 +212,11 @@ class _Sweep:
             self.soft_M[place] = terms.soft_N
             self.hard_M[place] = terms.hard_N
             self.argmax_M[place] = terms.argmax_N
+            self.student_MC[place] = terms.student_NC
             if self.entropy_M is not None and terms.entropy_N is not None:
                 self.entropy_M[place] = terms.entropy_N
+            if self.topk_overlap_M is not None and terms.overlap_N is not None:
+                self.topk_overlap_M[place] = terms.overlap_N
             if self._with_gradient:
                 self._work.kernel.write_gradient(block.logits_NV, gradient)
 

@@ -74,6 +74,7 @@ def hybrid_loss(
         hard_M=terms.hard_M,
         soft_weight_M=terms.soft_weight_M,
         student_argmax_M=terms.student_argmax_M,
+        student_MC=terms.student_MC,
         metrics=metrics,
     )
 

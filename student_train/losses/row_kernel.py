@@ -33,6 +33,8 @@ class KernelOptions:
     """Whether the student's entropy is asked for."""
     sampled: bool = False
     """Whether the logits at ``tail_ids_MS`` are asked for."""
+    overlap: bool = False
+    """Whether the largest logits of the tail are asked for, as many as there are stored tokens."""
 
 
 class RowKernel(Protocol):
@@ -95,6 +97,7 @@ class TorchRowKernel:
             assert rows.tail_ids_MS is not None
             sampled_NS = tail_NV.gather(-1, rows.tail_ids_MS.clamp_min(0))
         hide_stored(tail_NV, self._places_NK, unused_NK)
+        tail_best_NK = best_of(tail_NV, stored_NK) if self._options.overlap else None
         top_N1, argmax_N1 = row_max(tail_NV)
         # distinct tokens leave nothing over only if they are as many as the vocabulary
         can_be_empty = rows.topk_ids_MK.shape[-1] >= self._options.vocab_size
@@ -121,6 +124,7 @@ class TorchRowKernel:
             tail_log_sum_N1=log_sum_N1,
             soft_tail_log_sum_N1=log_sum_N1 if soft_log_sum_N1 is None else soft_log_sum_N1,
             tail_gap_N1=tail_gap_N1,
+            tail_best_NK=tail_best_NK,
         )
 
     def write_gradient(self, logits_NV: Tensor, gradient: RowGradient) -> None:
@@ -165,6 +169,11 @@ def hide_stored(logits_NV: Tensor, places_NK: Tensor, unused_NK: Tensor) -> None
     # a row that stores nothing has all its places at token 0, which stays in the tail
     empty_N1 = unused_NK.all(dim=-1, keepdim=True)
     logits_NV[:, :1] = torch.where(empty_N1, first_N1, logits_NV[:, :1])
+
+
+def best_of(tail_NV: Tensor, stored_NK: Tensor) -> Tensor:
+    """The largest logits of the tail, as many as there are entries for stored tokens."""
+    return tail_NV.topk(min(stored_NK.shape[-1], tail_NV.shape[-1]), dim=-1).values
 
 
 def places_of(topk_ids_NK: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class RowReductions:
     """float[N, 1]: the same of z / T."""
     tail_gap_N1: Tensor | None
     """float[N, 1]: mean of z - max(z) over the tail under the student's own probabilities."""
+    tail_best_NK: Tensor | None
+    """float[N, K]: largest logits of the tail, descending; -inf where it has fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,10 @@ class RowTerms:
     """The student's entropy."""
     argmax_N: Tensor
     """int64[N]: the student's likeliest token."""
+    student_NC: Tensor
+    """float[N, C]: the student's log-probs of the categories at temperature 1."""
+    overlap_N: Tensor | None
+    """Share of the stored tokens that are among as many likeliest ones of the student; unit 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,17 @@ def argmax(found: RowReductions, rows: TeacherRows) -> Tensor:
     tops_NC = torch.cat([found.stored_NK, found.tail_max_N1], dim=-1)
     ids_NC = torch.cat([rows.topk_ids_MK, found.tail_argmax_N1], dim=-1)
     return ids_NC.gather(-1, tops_NC.argmax(dim=-1, keepdim=True)).squeeze(-1)
+
+
+def topk_overlap(found: RowReductions, rows: TeacherRows) -> Tensor:
+    """Share of each row's stored tokens that are among as many likeliest of the student, [N]."""
+    assert found.tail_best_NK is not None
+    used_NK = rows.topk_ids_MK != PADDING_ID
+    number_N1 = used_NK.sum(dim=-1, keepdim=True).clamp_min(1)
+    ordered = torch.cat([found.stored_NK, found.tail_best_NK], dim=-1).sort(dim=-1, descending=True)
+    least_N1 = ordered.values.gather(-1, number_N1 - 1)
+    among_NK = used_NK & (found.stored_NK >= least_N1)
+    return among_NK.sum(dim=-1) / number_N1.squeeze(-1)
 
 
 def row_terms(
@@ -187,7 +204,14 @@ def row_terms(
         sampled_NS=sampled_NS,
     )
     entropy_N = None if negative_N1 is None else -negative_N1.squeeze(-1)
-    terms = RowTerms(soft_N, hard_N1.squeeze(-1), entropy_N, argmax(found, rows))
+    terms = RowTerms(
+        soft_N=soft_N,
+        hard_N=hard_N1.squeeze(-1),
+        entropy_N=entropy_N,
+        argmax_N=argmax(found, rows),
+        student_NC=student.student_NC,
+        overlap_N=None if found.tail_best_NK is None else topk_overlap(found, rows),
+    )
     return terms, gradient
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from student_train.losses.base import NEG_INF, PADDING_ID, TeacherRows
-from student_train.losses.row_kernel import KernelOptions, hide_stored, places_of
+from student_train.losses.row_kernel import KernelOptions, best_of, hide_stored, places_of
 from student_train.losses.row_terms import RowGradient, RowReductions
 
 TILE = 4096
@@ -53,6 +53,10 @@ class TritonRowKernel:
             assert rows.tail_ids_MS is not None
             sampled_NS = self._at(logits_NV, rows.tail_ids_MS.clamp_min(0))
         hide_stored(logits_NV, self._places_NK, unused_NK)
+        tail_best_NK = None
+        if self._options.overlap:
+            best_NK = best_of(logits_NV, stored_NK).to(self._dtype)
+            tail_best_NK = torch.where(torch.isneginf(best_NK), NEG_INF, self._capped(best_NK))
         top_N1, log_sum_N1, soft_log_sum_N1, gap_N1 = (torch.empty_like(hard_N1) for _ in range(4))
         argmax_N1 = torch.empty_like(rows.hard_M).unsqueeze(-1)
         _reduce_row[(len(rows),)](
@@ -76,6 +80,7 @@ class TritonRowKernel:
             tail_log_sum_N1=log_sum_N1,
             soft_tail_log_sum_N1=soft_log_sum_N1,
             tail_gap_N1=gap_N1 if self._options.entropy else None,
+            tail_best_NK=tail_best_NK,
         )
         return self._found
 
@@ -116,10 +121,13 @@ class TritonRowKernel:
 
     def _at(self, logits_NV: Tensor, places_NP: Tensor) -> Tensor:
         """Capped logits at some places."""
-        found_NP = logits_NV.gather(-1, places_NP).to(self._dtype)
+        return self._capped(logits_NV.gather(-1, places_NP).to(self._dtype))
+
+    def _capped(self, logits_NP: Tensor) -> Tensor:
+        """Squeezed logits."""
         if self._options.softcap is None:
-            return found_NP
-        return self._options.softcap * torch.tanh(found_NP / self._options.softcap)
+            return logits_NP
+        return self._options.softcap * torch.tanh(logits_NP / self._options.softcap)
 
     def _add(
         self, logits_NV: Tensor, places_NP: Tensor, gradient_NP: Tensor, capped_NP: Tensor

@@ -15,7 +15,15 @@ line; by default they stop the job before any teacher call.
 
 from teacher_server.prompts.bad_rows import BadRow
 from teacher_server.prompts.chat import Tokenizer
-from teacher_server.prompts.rows import PromptRow, Prompts, read_prompts
+from teacher_server.prompts.rows import PromptRow, Prompts, read_prompts, stream_prompts
 from teacher_server.prompts.samples import select_samples
 
-__all__ = ["BadRow", "PromptRow", "Prompts", "Tokenizer", "read_prompts", "select_samples"]
+__all__ = [
+    "BadRow",
+    "PromptRow",
+    "Prompts",
+    "Tokenizer",
+    "read_prompts",
+    "select_samples",
+    "stream_prompts",
+]

@@ -1,6 +1,6 @@
 """Rows of prompt files, checked one by one, before any tokenizer is needed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,10 @@ class PromptRow:
 class Prompts:
     """The rows of one split, good and bad."""
 
-    rows: list[PromptRow] = field(default_factory=list)
+    rows: Iterable[PromptRow] = field(default_factory=list)
+    """Good ones, in order."""
     bad: list[BadRow] = field(default_factory=list)
+    """Grows while ``rows`` are taken, if they are read one by one."""
 
     def require_all_good(self) -> None:
         """Refuse to go on with bad rows.
@@ -78,23 +80,35 @@ def read_prompts(sources: Sequence[DataSource], *, mode: str) -> Prompts:
     Raises:
         InputError: if a source does not exist or is of an unknown kind.
     """
-    prompts = Prompts()
-    seen: dict[str, str] = {}
+    prompts = stream_prompts(sources, mode=mode)
+    return Prompts(list(prompts.rows), prompts.bad)
+
+
+def stream_prompts(sources: Sequence[DataSource], *, mode: str) -> Prompts:
+    """As :func:`read_prompts`, but rows are read and checked while they are taken, once."""
+    bad: list[BadRow] = []
+    return Prompts(_checked_rows(sources, mode, bad), bad)
+
+
+def _checked_rows(
+    sources: Sequence[DataSource], mode: str, bad: list[BadRow]
+) -> Iterator[PromptRow]:
+    seen: dict[str, str] = {}  # of ids that rows bring: nobody else has an id FILE:LINE
     for source in sources:
         for line, row in raw_rows(Path(source.path)):
+            place = f"{source.path}:{line}"
             try:
                 if isinstance(row, BadRowError):
                     raise row
                 checked = _check_row(row, file=source.path, line=line, mode=mode)
-                place = f"{source.path}:{line}"
-                if seen.setdefault(checked.source.id, place) != place:
-                    raise BadRowError(
-                        f"id {checked.source.id!r} is already used at {seen[checked.source.id]}"
-                    )
-                prompts.rows.append(checked)
+                name = checked.source.id
+                first = seen.get(name) if name == place else seen.setdefault(name, place)
+                if first not in (None, place):
+                    raise BadRowError(f"id {name!r} is already used at {first}")
             except BadRowError as error:
-                prompts.bad.append(BadRow(source.path, line, str(error)))
-    return prompts
+                bad.append(BadRow(source.path, line, str(error)))
+            else:
+                yield checked
 
 
 def _check_row(row: dict[str, Any], *, file: str, line: int, mode: str) -> PromptRow:

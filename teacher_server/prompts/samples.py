@@ -1,12 +1,9 @@
 """Checked rows become samples: token ids, label mask, key."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-import numpy as np
-
-from storage.keys import sample_key
-from storage.selection import SampleRequest, Selection, Source
+from storage.request_table import RequestTableBuilder, merged_requests
+from storage.selection import Selection
 from teacher_server.config import LabelConfig
 from teacher_server.prompts.bad_rows import BadRow, BadRowError
 from teacher_server.prompts.chat import Chat, ChatTemplate, Tokenizer
@@ -23,15 +20,14 @@ def select_samples(
     alone: tools, options of the template and the text itself are in it through the ids.
 
     Args:
-        prompts: Checked rows; ``prompts.bad`` grows by rows that do not fit.
+        prompts: Checked rows, taken one by one; ``prompts.bad`` grows by rows that do not fit.
         tokenizer: The teacher's, with its chat template.
         label: Mode and number of samples per prompt.
         context: Tokens that the teacher can attend to.
         vocab_size: Effective vocabulary.
     """
     template = ChatTemplate(tokenizer)
-    merged: dict[str, SampleRequest] = {}
-    sources: dict[str, list[Source]] = {}
+    found = RequestTableBuilder()
     for row in prompts.rows:
         try:
             if label.mode == "generate":
@@ -45,27 +41,14 @@ def select_samples(
             prompts.bad.append(BadRow(row.source.file, row.source.line, str(error)))
             continue
         for index in range(count):
-            request = _request(prompt_ids, response, index)
-            merged.setdefault(request.key, request)
-            sources.setdefault(request.key, []).append(row.source)
-    return Selection(
-        tuple(replace(merged[key], sources=tuple(found)) for key, found in sources.items())
-    )
-
-
-def _request(
-    prompt_ids: Sequence[int], response: GivenResponse | None, index: int
-) -> SampleRequest:
-    """A sample without its sources."""
-    ids, mask = (None, None) if response is None else (response.ids, response.label_mask)
-    return SampleRequest(
-        key=sample_key(prompt_ids, index, response_ids=ids, label_mask=mask),
-        sample_index=index,
-        prompt_ids_P=np.array(prompt_ids, dtype=np.int32),
-        response_ids_R=None if ids is None else np.array(ids, dtype=np.int32),
-        sources=(),
-        label_mask_R=None if mask is None else np.array(mask, dtype=np.bool_),
-    )
+            found.add(
+                prompt_ids,
+                index,
+                response_ids=None if response is None else response.ids,
+                label_mask=None if response is None else response.label_mask,
+                sources=(row.source,),
+            )
+    return Selection(merged_requests(found.table()))
 
 
 def _prompt_ids(row: PromptRow, template: ChatTemplate) -> list[int]:

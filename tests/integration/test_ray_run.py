@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from storage.store import LabelStore
+from tests.conftest import REPOSITORY
 
 Distill = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -109,3 +112,58 @@ def test_training_without_labels_is_refused_and_says_what_to_do(
 ) -> None:
     failed = distill("train", project_file, expect=2)
     assert "run `distill label` first" in failed.stderr
+
+
+def test_a_student_that_fails_stops_no_other(project_file: Path, distill: Distill) -> None:
+    """Two at once; one of three diverges. The others are published, and the command says so."""
+    students = (
+        *("--set", "students.soft={loss.weight.soft_weight: 1.0}"),
+        *("--set", "cluster.student_threads=1", *FAKE),
+    )
+    diverging = ("--set", "students.bad={optimizer.lr: 1.0e+30}")
+    failed = distill("run", project_file, *students, *diverging, expect=2)
+    assert "1 of 3 students could not be trained:\n  bad: " in failed.stderr
+    assert "hard, soft trained and published" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    run_folder = project_file.parent / "runs" / "tiny"
+    report = json.loads(distill("report", run_folder, "--json").stdout)
+    assert report["state"]["outcome"] == "failed"
+    assert report["state"]["step"] == "train"
+    assert {s["name"]: s["published"] for s in report["students"]} == {
+        "hard": True,
+        "soft": True,
+        "bad": False,
+    }
+    logs = [
+        json.loads(line)
+        for file in (run_folder / report["state"]["logs"]).glob("trainer-*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+    (error,) = [line for line in logs if line["level"] == "ERROR"]
+    assert (error["step"], error["student"]) == ("train", "bad")
+    assert "NonFiniteLossError" in error["traceback"]
+
+    done = json.loads(distill("run", project_file, *students, "--json").stdout)
+    assert [e["name"] for e in done["evaluations"]] == ["untrained", "hard", "soft"]
+
+
+def test_two_runs_at_once_share_a_store_and_never_a_run_folder(project_file: Path) -> None:
+    """Both label the same samples into one store; a third wants the folder of the first."""
+
+    def start(runs: str) -> subprocess.Popen[str]:
+        words = ("label", project_file, *FAKE, "--set", f"runs={project_file.parent / runs}")
+        command = [sys.executable, "-m", "pipeline", *map(str, words)]
+        return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+
+    first, second = start("here"), start("there")
+    while not (project_file.parent / "here" / "tiny" / "run.json").is_file():
+        assert first.poll() is None
+        time.sleep(0.1)
+    third = start("here")
+    assert f"(process {first.pid} on " in third.communicate()[1]
+    assert third.returncode == 2
+    for process in (first, second):
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    assert len(stored_keys(project_file)) == 30
+    assert set(stored_keys(project_file).values()) == {1}

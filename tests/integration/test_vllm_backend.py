@@ -22,6 +22,9 @@ from storage.keys import (
 )
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
+from student_train.config import MODEL_DIRECTORY, LabelSource, TrainConfig, TrainJob
+from student_train.export import export_student
+from student_train.model import make_student
 from teacher_server.backends import vllm_capture
 from teacher_server.backends.base import TeacherJob, start_backend
 from teacher_server.backends.vllm_capture import ArrayRows
@@ -95,10 +98,28 @@ def answered(sample: LabelledSample) -> SampleRequest:
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_teacher: Path) -> Iterator[VllmBackend]:
+def exported(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny teacher as a trained student is exported: what vLLM loads in this module, and
+    compared with the labels of the original in transformers."""
+    output = tmp_path_factory.mktemp("exported")
+    train = TrainConfig(model=str(tiny_teacher), export_dtype="float32")
+    job = TrainJob(
+        labels=LabelSource(store="unused", label_set="a" * 32, selection="b" * 32),
+        model=str(tiny_teacher),
+        tokenizer=str(tiny_teacher),
+        train=train,
+        output=str(output),
+    )
+    student = make_student(job.model, train, VOCAB_SIZE)
+    export_student(student.language_model, job, facts={})
+    return output / MODEL_DIRECTORY
+
+
+@pytest.fixture(scope="module")
+def teacher(exported: Path) -> Iterator[VllmBackend]:
     backend = start_backend(
         TeacherJob(
-            model=str(tiny_teacher),
+            model=str(exported),
             # a few prompts fill one step: the others must wait, not be cut in pieces
             backend=VllmBackendConfig(max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=1),
             spec=make_spec(),

@@ -54,6 +54,13 @@ def test_lines_stay_within_the_axes() -> None:
     assert line.student == 0
 
 
+def test_held_out_evaluations_have_a_curve_of_their_own() -> None:
+    evaluated = {"curve": curve([5.0]), "heldout_curve": [{"step": 9, "kl": 2.0}]}
+    chart = loss_chart([{"curve": [], "heldout_curve": []}, evaluated], "kl", "heldout_curve")
+    assert chart is not None
+    assert [line.student for line in chart.lines] == [1]
+
+
 def test_steps_without_a_number_are_left_out() -> None:
     assert thinned([{"step": 1, "loss": None}, {"step": 2, "loss": 3.0}], "loss", 9) == [(2, 3.0)]
     assert loss_chart([{"curve": [{"step": 1, "loss": None}]}], "loss") is None

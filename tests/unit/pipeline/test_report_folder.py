@@ -17,6 +17,7 @@ from pipeline.run import plan_project
 from pipeline.steps.evaluate import evaluation_file
 from pipeline.steps.plan import Plan
 from pipeline.stopping import StoppedError
+from storage.errors import DistillError
 from storage.testing import label_sample_densely
 
 OpenProject = Callable[..., Project]
@@ -255,6 +256,98 @@ def test_a_run_that_ended_before_its_plan_has_a_report(
     assert (report["state"]["outcome"], report["state"]["why"]) == ("failed", "ValueError: broken")
     for part in ("labels", "certificates", "positions", "response", "samples"):
         assert "before it knew which labels" in report["missing"][part]
+
+
+def test_a_run_that_failed_before_any_step_began_says_why(
+    open_project: OpenProject, as_json: AsJson, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is refused before a step has work leaves no cost, but a reason and its logs."""
+    project = open_project(*TRAIN)
+    with pytest.raises(DistillError), project.running(), project.at("train"):
+        raise DistillError("the student does not fit the labels")
+    report = as_json("report", str(project.directory))
+    state = report["state"]
+    assert (state["outcome"], state["step"]) == ("failed", "train")
+    assert state["why"] == "DistillError: the student does not fit the labels"
+    assert (project.directory / state["logs"]).is_dir()
+    assert report["costs"] == []
+    assert main(["report", str(project.directory)]) == 0
+    assert f"logs: {project.directory / state['logs']}" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_between_two_steps_is_interrupted(
+    open_project: OpenProject, as_json: AsJson
+) -> None:
+    project = open_project(*TRAIN)
+    make_plan(project)
+    project.note("run started", command="distill run")
+    state = as_json("report", str(project.directory))["state"]
+    assert (state["outcome"], state["step"]) == ("interrupted", None)
+    assert "the last event is 'run started'" in state["why"]
+
+
+def test_a_plan_that_fails_now_counts_though_everything_older_is_there(
+    open_project: OpenProject, as_json: AsJson
+) -> None:
+    project = open_project(*TRAIN)
+    finished(project)
+    with pytest.raises(DistillError), project.running(), project.at("plan"):
+        raise DistillError("train.jsonl, row 7: no prompt")
+    state = as_json("report", str(project.directory))["state"]
+    assert (state["outcome"], state["step"]) == ("failed", "plan")
+
+
+def test_processes_that_died_and_what_labelling_cost_are_shown(
+    open_project: OpenProject, as_json: AsJson
+) -> None:
+    project = open_project(*TRAIN)
+    make_plan(project)
+    with project.timed("label", samples=6) as cost:
+        project.note("teacher died", reason="engine died", detail="SIGKILL")
+        project.note("training died", student="one", why="out of memory")
+        cost |= {
+            "teacher_forward_tokens": 100,
+            "response_tokens": 40,
+            "engine_seconds": 12.5,
+            "cost": 0.25,
+            "failures": {"engine died": 1},
+            "retried_samples": 2,
+        }
+    report = as_json("report", str(project.directory))
+    assert [(p["step"], p["state"], p["error"]) for p in report["state"]["problems"]] == [
+        ("label", "died", "engine died: SIGKILL"),
+        ("train", "died", "one: out of memory"),
+    ]
+    (row,) = report["costs"]
+    assert (row["engine_seconds"], row["cost"], row["failures"]) == (12.5, 0.25, {"engine died": 1})
+    page = (project.directory / "report.html").read_text()
+    assert "12.50 engine-seconds, cost 0.25, 1 x engine died, 2 samples given out again" in page
+
+
+def test_what_a_failed_step_spent_is_counted(open_project: OpenProject, as_json: AsJson) -> None:
+    project = open_project(*TRAIN)
+    make_plan(project)
+
+    def work() -> None:
+        with project.timed("label") as cost:
+            cost["teacher_forward_tokens"] = 100
+            raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        work()
+    (row,) = as_json("report", str(project.directory))["costs"]
+    assert (row["state"], row["teacher_forward_tokens"]) == ("failed", 100)
+
+
+def test_students_trained_at_once_hold_their_devices_together(
+    open_project: OpenProject, as_json: AsJson
+) -> None:
+    project = open_project(*TRAIN, "cluster.student_workers=2", "cluster.gpus_per_worker=1")
+    make_plan(project)
+    project.note("started", step="train", students=["one", "two"], at_once=2)
+    project.note("finished", step="train", students=["one", "two"], at_once=2, seconds=10.0)
+    (row,) = as_json("report", str(project.directory))["costs"]
+    assert (row["devices"], row["device_seconds"]) == (4.0, 40.0)
 
 
 def test_a_folder_without_its_store_keeps_what_it_holds(

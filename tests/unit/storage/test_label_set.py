@@ -8,8 +8,8 @@ import pytest
 from storage.compact import compact
 from storage.errors import LabelStoreError, NotLabelledError, ShardCorruptError
 from storage.garbage import collect, find_garbage
+from storage.label_batch import LabelBatch
 from storage.label_set import LabelSet
-from storage.samples import LabelledSample
 from storage.shard import ShardReader
 from storage.testing import make_sample, make_spec
 
@@ -119,7 +119,7 @@ def test_batches_are_decoded_again_when_memory_is_full(
     numbers = []
     batch = ShardReader.batch
 
-    def counted(self: ShardReader, number: int) -> list[tuple[int, LabelledSample]]:
+    def counted(self: ShardReader, number: int) -> LabelBatch:
         numbers.append(number)
         return batch(self, number)
 

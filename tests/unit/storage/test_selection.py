@@ -109,7 +109,7 @@ def test_the_label_mask_of_a_given_response_is_kept_and_part_of_its_key(tmp_path
 
 
 def test_many_samples_take_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.selection.BATCH_SAMPLES", 3)
+    monkeypatch.setattr("storage.request_table.BATCH_SAMPLES", 3)
     requests = tuple(request(number) for number in range(8))  # 3 + 3 + 2
     objects = Objects(str(tmp_path))
     key = Selection(requests).save(objects)

@@ -31,7 +31,7 @@ def trained(labels: LabelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "job.json").write_text(job.model_dump_json())
     monkeypatch.setattr("sys.argv", ["student_train", str(tmp_path / "job.json")])
     begun: list[TrainJob] = []
-    monkeypatch.setattr(trainer, "train_student", begun.append)
+    monkeypatch.setattr(trainer, "train_student", lambda job, **_: begun.append(job))
     return begun
 
 

@@ -19,7 +19,6 @@ from student_train.config import (
     missing_columns,
     required_columns,
 )
-from student_train.hard.config import RiskGuidedConfig
 from student_train.losses.config import ReverseKlConfig
 from student_train.weights.config import EntropyWeightConfig, StaticWeightConfig
 
@@ -30,10 +29,10 @@ from student_train.weights.config import EntropyWeightConfig, StaticWeightConfig
         {"epochs": 0},
         {"seed": -1},
         {"dtype": "float16"},
-        {"checkpoint_every_steps": 0},
+        {"checkpoint": {"every_steps": 0}},
         {"batch": {"tokens": 0}},
         {"batch": {"micro_tokens": 0}},
-        {"deepspeed": {"stage": 3}},
+        {"deepspeed": {"stage": 4}},
         {"loss": {"soft": "kl"}},
         {"loss": {"soft": {"type": "jsd", "beta": 1.5}}},
         {"loss": {"hard": "greedy"}},
@@ -168,17 +167,11 @@ def test_columns_that_are_stored_are_not_missing() -> None:
     assert missing_columns(loss, ("entropy",)) == ["tail_samples"]
 
 
-def test_what_a_loss_reports_is_known_before_it_runs() -> None:
-    assert loss_of({}).metrics == ("hard_weight",)
-    loss = HybridLossConfig(hard_term=RiskGuidedConfig(), student_entropy=0.1)
-    assert loss.metrics == ("hard_weight", "risk", "student_entropy")
-
-
 # -- what decides ---------------------------------------------------------------------------------
 def test_fetching_does_not_decide_what_a_student_becomes() -> None:
     plain = TrainConfig(model="m")
     other = TrainConfig.model_validate(
-        {"model": "n", "checkpoint_every_steps": 3, "loader": {"workers": 4, "prefetch": 9}}
+        {"model": "n", "checkpoint": {"every_steps": 3}, "loader": {"workers": 4, "prefetch": 9}}
     )
     assert plain.deciding() == other.deciding()
 
@@ -203,3 +196,28 @@ def test_fetching_does_not_decide_what_a_student_becomes() -> None:
 def test_what_is_trained_on_does(change: dict[str, object]) -> None:
     plain = TrainConfig(model="m")
     assert TrainConfig.model_validate({"model": "m", **change}).deciding() != plain.deciding()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"deepspeed": {"offload_optimizer": True}}, "set stage to 1, 2 or 3"),
+        ({"deepspeed": {"stage": 2, "offload_parameters": True}}, "stage is 2; set it to 3"),
+        ({"deepspeed": {"stage": 1, "offload_optimizer": True}}, "set optimizer.type: cpu_adam"),
+    ],
+    ids=["optimizer at stage 0", "parameters at stage 2", "without cpu_adam"],
+)
+def test_offload_that_deepspeed_does_not_have_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig.model_validate({"model": "n", **changes})
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_that_deepspeed_has_is_accepted(stage: int) -> None:
+    deepspeed = {"stage": stage, "offload_optimizer": True, "offload_parameters": stage == 3}
+    train = TrainConfig.model_validate(
+        {"model": "n", "optimizer": {"type": "cpu_adam"}, "deepspeed": deepspeed}
+    )
+    assert train.deepspeed.offload_optimizer

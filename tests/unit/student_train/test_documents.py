@@ -5,23 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MixtralConfig,
-    OPTConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import LlamaForCausalLM, PretrainedConfig
 
 from storage.samples import LabelledSample
 from storage.testing import make_spec
@@ -31,75 +15,13 @@ from student_train.documents import document_inputs, isolate_documents, packing_
 from student_train.errors import PreflightError
 from student_train.model import Student
 from student_train.schedules import StepState
+from tests.unit.student_train.language_models import PACKABLE, PADDED_ONLY, make_model
 
 FP32 = 1e-5
 """Relative to the largest logit: documents are computed by the same kernels on other shapes."""
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-WITHOUT_GROUPS = {**SIZES, "num_key_value_heads": 4}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SIZES),
-    "mistral": MistralConfig(**SIZES, sliding_window=4),
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen2 with windows": Qwen2Config(
-        **SIZES, use_sliding_window=True, sliding_window=3, max_window_layers=0
-    ),
-    "qwen3": Qwen3Config(**SIZES, head_dim=8),
-    "gemma": GemmaConfig(**SIZES, head_dim=8),
-    "gemma2": Gemma2Config(**SIZES, head_dim=8, sliding_window=4),
-    "gemma3": Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4),
-    "gpt2": GPT2Config(
-        vocab_size=40,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=32,
-        bos_token_id=0,
-        eos_token_id=1,
-    ),
-    "gpt_neox": GPTNeoXConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        bos_token_id=0,
-        eos_token_id=1,
-    ),
-    "opt": OPTConfig(
-        vocab_size=40,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        word_embed_proj_dim=32,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=0,
-    ),
-}
 DOCUMENTS = ([5, 6, 7, 8, 9, 10, 11], [12], [7, 30, 2], [5, 6, 7, 8, 9, 10, 11, 12, 13])
 """One that another begins with, and one of a single token."""
-
-
-def make_model(config: PretrainedConfig, **options: object) -> torch.nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, **options).eval()
 
 
 def logits_alone(model: torch.nn.Module) -> torch.Tensor:
@@ -121,15 +43,15 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-CASES = [(name, "sdpa") for name in CONFIGS]
+CASES = [(name, "sdpa") for name in PACKABLE]
 # the masks of OPT know nothing of documents, see below what is refused
-CASES += [(name, "eager") for name in CONFIGS if name != "opt"]
+CASES += [(name, "eager") for name in PACKABLE if name != "opt"]
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
 @torch.no_grad()
 def test_packed_logits_are_those_of_single_documents(name: str, attention: str) -> None:
-    model = make_model(CONFIGS[name], attn_implementation=attention)
+    model = make_model(PACKABLE[name], attn_implementation=attention)
     expected = logits_alone(model)
     found = isolate_documents(model)
     assert found == ("per_document" if attention == "sdpa" else "masked")
@@ -139,7 +61,7 @@ def test_packed_logits_are_those_of_single_documents(name: str, attention: str) 
 @torch.no_grad()
 def test_what_packs_without_isolation_is_seen() -> None:
     """Documents that do see each other are told from rounding, in the probe and in the test."""
-    model = make_model(CONFIGS["llama"])
+    model = make_model(PACKABLE["llama"])
     expected = logits_alone(model)
     ids = packed_inputs()["input_ids"]
     assert isinstance(ids, torch.Tensor)
@@ -151,14 +73,7 @@ def test_what_packs_without_isolation_is_seen() -> None:
     assert difference(cached, expected) > 100 * FP32
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4),
-        CONFIGS["opt"],
-    ],
-    ids=["bloom", "opt"],
-)
+@pytest.mark.parametrize("config", [*PADDED_ONLY.values(), PACKABLE["opt"]])
 def test_a_model_that_cannot_keep_documents_apart_is_refused(config: PretrainedConfig) -> None:
     model = make_model(config, attn_implementation="eager")
     assert packing_error(model) > 1e-3
@@ -167,7 +82,7 @@ def test_a_model_that_cannot_keep_documents_apart_is_refused(config: PretrainedC
 
 
 def test_a_refused_model_keeps_its_attention() -> None:
-    model = make_model(BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4))
+    model = make_model(PADDED_ONLY["bloom"])
     before = model.config._attn_implementation
     with pytest.raises(PreflightError):
         isolate_documents(model)

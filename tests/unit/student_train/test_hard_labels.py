@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage.label_batch import ranges_of
 from storage.samples import LabelledSample
 from student_train.hard.labels import hard_labels, random_tokens
 
@@ -18,13 +19,13 @@ def test_sampled_and_dataset_tokens_are_those_of_the_response(
 ) -> None:
     for sample in samples:
         for hard in ("sampled", "dataset"):
-            found = hard_labels(sample, hard, vocab_size=V)  # type: ignore[arg-type]
+            found = hard_labels(ranges_of([sample]), hard, vocab_size=V)  # type: ignore[arg-type]
             assert found.tolist() == sample.response_ids_R.tolist()
             assert found.dtype == np.int64
 
 
 def test_argmax_is_the_first_stored_token(samples: list[LabelledSample]) -> None:
-    found = [hard_labels(sample, "argmax", vocab_size=V) for sample in samples]
+    found = [hard_labels(ranges_of([sample]), "argmax", vocab_size=V) for sample in samples]
     expected = [sample.topk_ids_NK[:, 0] for sample in samples]
     assert np.array_equal(np.concatenate(found), np.concatenate(expected))
 

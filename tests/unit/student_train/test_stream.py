@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from storage.errors import ShardCorruptError
+from storage.label_batch import SampleRanges
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest, Selection
 from storage.store import LabelStore
@@ -180,13 +181,13 @@ def test_no_more_is_read_than_is_made_ahead(
     """Memory is bounded by ``prefetch``, not by the epoch."""
     reader = LabelReader(source)
     read: list[int] = []
-    original = reader.read
+    original = reader.ranges
 
-    def counted(indices: Sequence[int]) -> list[LabelledSample]:
+    def counted(indices: Sequence[int]) -> SampleRanges:
         read.extend(indices)
         return original(indices)
 
-    monkeypatch.setattr(reader, "read", counted)
+    monkeypatch.setattr(reader, "ranges", counted)
     stream, plan = open_stream(reader, prefetch=2)
     most = max(
         sum(len(samples) for _, samples in group or ())

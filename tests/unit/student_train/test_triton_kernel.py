@@ -18,6 +18,7 @@ from student_train.losses.base import PADDING_ID, TeacherRows
 from student_train.losses.config import soft_config
 from student_train.losses.head_chunks import HeadChunks
 from student_train.losses.linear_head import LinearHead
+from student_train.losses.measures import held_out_terms
 from student_train.losses.row_kernel import KernelOptions, TorchRowKernel
 from student_train.losses.triton_kernel import TritonRowKernel
 from tests.unit.student_train.fused_rows import (
@@ -131,6 +132,22 @@ def test_losses_and_gradients_equal_those_of_torch(
         assert_close(tritons.entropy_M, torchs.entropy_M, wide)
     for one, other in zip(triton_gradients, torch_gradients, strict=True):
         assert_close(one, other, dtype)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_held_out_measures_equal_those_of_torch(
+    dtype: torch.dtype, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, (hidden, weight) = rows_of_all_kinds(), leaves_of(8, dtype)
+    found = []
+    for kernel in (TorchRowKernel, TritonRowKernel):
+        use(monkeypatch, kernel)
+        head = LinearHead(weight.detach(), softcap=softcap)
+        terms = held_out_terms(hidden.detach(), head, rows, vocab_size=V)
+        found.append([terms.student_MC, *terms.metrics.values()])
+    for one, other in zip(*found, strict=True):
+        assert_close(other, one, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -188,7 +188,7 @@ def sample(tmp_path: Path) -> Callable[..., SampleRequest | str]:
             vocab_size=10_000,
         )
         if prompts.bad:
-            assert selection.requests == ()
+            assert not selection.requests
             return prompts.bad[0].problem
         (request,) = selection.requests
         assert request.is_genuine

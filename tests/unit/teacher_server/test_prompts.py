@@ -53,13 +53,14 @@ def select(
     context: int = 1000,
     vocab_size: int = VOCAB_SIZE,
 ) -> tuple[SampleRequest, ...]:
-    return select_samples(
+    selection = select_samples(
         prompts,
         tokenizer,  # type: ignore[arg-type]  # the protocol names less than transformers has
         label or LabelConfig(),
         context=context,
         vocab_size=vocab_size,
-    ).requests
+    )
+    return tuple(selection.requests)
 
 
 # -- good rows ------------------------------------------------------------------------------------

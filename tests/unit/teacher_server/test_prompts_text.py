@@ -45,13 +45,14 @@ def problems(prompts: Prompts) -> list[str]:
 def select(
     prompts: Prompts, tokenizer: Tokens, label: LabelConfig | None = None, *, context: int = 1000
 ) -> tuple[SampleRequest, ...]:
-    return select_samples(
+    selection = select_samples(
         prompts,
         tokenizer,  # type: ignore[arg-type]  # the protocol names less than transformers has
         label or LabelConfig(),
         context=context,
         vocab_size=261,
-    ).requests
+    )
+    return tuple(selection.requests)
 
 
 UNUSUAL = {
