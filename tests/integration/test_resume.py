@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, object]] = {
     # its dropout draws random numbers, which have to go on too
     "lora-2": {"lora": {"r": 4, "dropout": 0.1}, "deepspeed": {"stage": 2}},
 }
-LONG = {"epochs": 50, "deepspeed": {"stage": 2}, "checkpoint": {"every_steps": 3}}
+LONG = {"epochs": 15, "deepspeed": {"stage": 2}, "checkpoint": {"every_steps": 3}}
 """Long enough to be interrupted while it runs."""
 RESIZED = [kind for kind in KINDS if kind != "lora-2"]
 """Kinds whose loss does not depend on the number of ranks: dropout does."""
