@@ -28,9 +28,9 @@ from storage.labels import label_kind
 from storage.schema import SCALAR_FIELDS
 from storage.store import LabelStore
 from student_train.config import BatchConfig, LabelSource, LoaderConfig, TrainConfig
-from student_train.data import LabelReader, MicroBatch, collate
-from student_train.step_plan import TrainingPlan, split_by_padded_size
-from student_train.stream import BatchStream
+from student_train.streaming.reader import LabelReader, MicroBatch, collate
+from student_train.streaming.step_plan import TrainingPlan, split_by_padded_size
+from student_train.streaming.stream import BatchStream
 from student_train.trainer import plan_training
 
 VOCAB_SIZE = 49_152

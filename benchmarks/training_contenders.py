@@ -9,14 +9,14 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from student_train.config import HybridLossConfig, TrainConfig
-from student_train.data import MicroBatch
-from student_train.documents import isolate_documents
 from student_train.engine import initialize, prepare_process
-from student_train.head import head_of
 from student_train.losses.base import FixedWeights
 from student_train.losses.fused_linear import fused_linear_loss
-from student_train.model import Student, model_inputs
+from student_train.models.documents import isolate_documents
+from student_train.models.head import head_of
+from student_train.models.student import Student, model_inputs
 from student_train.schedules import StepState
+from student_train.streaming.reader import MicroBatch
 from student_train.weights.config import StaticWeightConfig
 
 KINDS = ("hybrid", "fused", "plain", "online")

@@ -14,12 +14,12 @@ from pipeline.steps.train import StudentRequest
 from storage.errors import ConfigError, NotLabelledError
 from storage.selection import SampleRequest
 from student_train.config import LabelSource, TrainJob
-from student_train.data import LabelReader
-from student_train.label_sources import resolve_labels
 from student_train.preflight.checks import check_labelled, check_unlabelled
 from student_train.preflight.findings import Finding, require_fit
 from student_train.preflight.room import Ranks, memory_here
 from student_train.preflight.subject import Subject, some_prompts
+from student_train.streaming.label_sources import resolve_labels
+from student_train.streaming.reader import LabelReader
 
 if TYPE_CHECKING:
     from student_train.preflight.self_test import SelfTest

@@ -11,7 +11,7 @@ from pathlib import Path
 from storage.errors import DistillError
 from student_train.config import TrainJob
 from student_train.errors import TrainingStoppedError
-from student_train.label_sources import require_fit_labels
+from student_train.streaming.label_sources import require_fit_labels
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a process that SIGTERM ended, as a shell tells it."""

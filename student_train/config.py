@@ -8,13 +8,13 @@ from pydantic import Field, model_validator
 from storage.config import Config
 from storage.filter import FilterConfig
 from storage.keys import ColumnSpec
-from student_train.checkpoint_config import CheckpointConfig
+from student_train.checkpoints.config import CheckpointConfig
 from student_train.hard.config import CrossEntropyConfig, HardLabel, HardTermConfig
-from student_train.lora_config import LoraConfig
 from student_train.losses.config import TAIL_SAMPLES, ForwardKlConfig, SoftConfig, TaidConfig
 from student_train.losses.config import required_columns as divergence_columns
+from student_train.models.lora_config import LoraConfig
 from student_train.sections import short_form
-from student_train.watch_config import (
+from student_train.watching.config import (
     BestConfig,
     EarlyStopConfig,
     HeldoutConfig,

@@ -14,12 +14,12 @@ from transformers import AutoTokenizer
 from storage.files import write_atomically
 from storage.samples import LabelledSample
 from student_train.config import EvaluateJob, HybridLossConfig
-from student_train.data import LabelReader, collate
-from student_train.documents import PER_DOCUMENT
 from student_train.losses.measures import HELD_OUT_MEASURES
-from student_train.model import Student, load_causal_lm
+from student_train.models.documents import PER_DOCUMENT
+from student_train.models.student import Student, load_causal_lm
 from student_train.schedules import StepState
-from student_train.step_plan import split_by_padded_size
+from student_train.streaming.reader import LabelReader, collate
+from student_train.streaming.step_plan import split_by_padded_size
 
 NOWHERE = StepState(step=0, total_steps=1)
 """For a forward pass that measures: nothing in it moves with the steps."""

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from student_train.config import TrainConfig
-from student_train.data import LabelReader
 from student_train.engine import grad_norm, world
-from student_train.flops import ModelFlops, peak_tflops
 from student_train.losses.base import LossTerms, TeacherRows
 from student_train.losses.measures import step_measures
+from student_train.models.flops import ModelFlops, peak_tflops
 from student_train.schedules import learning_rate
 from student_train.step_clock import StepClock
-from student_train.step_plan import TrainingPlan
 from student_train.stopping import StopRequest
-from student_train.stream import BatchStream
+from student_train.streaming.reader import LabelReader
+from student_train.streaming.step_plan import TrainingPlan
+from student_train.streaming.stream import BatchStream
 
 
 class OptimizerStep:

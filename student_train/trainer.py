@@ -8,25 +8,25 @@ from typing import Any
 
 import torch
 
-from student_train.best import BEST_DIRECTORY
-from student_train.checkpoint import Checkpoints, SavedStep, remove_checkpoints
+from student_train.checkpoints.checkpoint import Checkpoints, SavedStep, remove_checkpoints
 from student_train.config import METRICS_FILE, MODEL_DIRECTORY, TrainConfig, TrainJob
-from student_train.data import LabelReader, collate
 from student_train.engine import initialize, prepare_process, start_process_group, world
 from student_train.errors import PreflightError, TrainingStoppedError
-from student_train.export import export_student
-from student_train.flops import model_flops
-from student_train.heldout import check_heldout
-from student_train.model import Student, make_student
+from student_train.models.export import export_student
+from student_train.models.flops import model_flops
+from student_train.models.student import Student, make_student
 from student_train.optimizer_step import OptimizerStep
-from student_train.order import draw_members
 from student_train.preflight.before_training import require_fit_job
 from student_train.step_clock import StepClock
-from student_train.step_plan import TrainingPlan
 from student_train.stopping import StopRequest
-from student_train.stream import BatchStream
-from student_train.trackers.base import require_trackers
-from student_train.watching import Watch
+from student_train.streaming.order import draw_members
+from student_train.streaming.reader import LabelReader, collate
+from student_train.streaming.step_plan import TrainingPlan
+from student_train.streaming.stream import BatchStream
+from student_train.watching.best import BEST_DIRECTORY
+from student_train.watching.heldout import check_heldout
+from student_train.watching.trackers.base import require_trackers
+from student_train.watching.watch import Watch
 
 
 def train_student(

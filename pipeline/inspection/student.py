@@ -17,8 +17,8 @@ from storage.labels.base import UNUSED_ID
 from storage.samples import LabelledSample
 from storage.tail import LOG_ZERO
 from student_train.errors import PreflightError
-from student_train.head import check_head, head_of
-from student_train.model import load_causal_lm
+from student_train.models.head import check_head, head_of
+from student_train.models.student import load_causal_lm
 
 CHUNK_ROWS = 128
 """Positions whose logits over the whole vocabulary are in memory at a time."""

@@ -102,7 +102,7 @@ def prepare_student(
     key = key_of({"of": parent.key, "keep_layers": model.keep_layers})
     output = project.directory / "models" / f"pruned-{key[:12]}"
     if not output.is_dir():
-        from student_train.model import prune_layers
+        from student_train.models.student import prune_layers
 
         with _making(project, output, f"pruning the student to {len(model.keep_layers)} layers"):
             prune_layers(Path(source), model.keep_layers, output)

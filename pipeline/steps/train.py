@@ -28,8 +28,8 @@ from student_train.config import (
     TrainConfig,
     TrainJob,
 )
-from student_train.label_sources import require_fit_labels, resolve_labels
-from student_train.progress import Pace
+from student_train.streaming.label_sources import require_fit_labels, resolve_labels
+from student_train.watching.progress import Pace
 
 RESULT_FILE = "student.json"
 POLL_S = 0.5

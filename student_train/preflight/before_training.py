@@ -10,10 +10,10 @@ import torch
 
 from storage.files import write_atomically
 from student_train.config import TrainJob
-from student_train.data import LabelReader
 from student_train.engine import gather_over_ranks
 from student_train.preflight.checks import check_job
 from student_train.preflight.findings import Finding, require_fit
+from student_train.streaming.reader import LabelReader
 
 PREFLIGHT_FILE = "preflight.json"
 """What the checks said, in the output directory of a training."""

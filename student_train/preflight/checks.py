@@ -8,8 +8,7 @@ from pathlib import Path
 
 from storage.errors import ConfigError
 from student_train.config import SupervisionConfig, TrainJob, missing_columns
-from student_train.data import LabelReader
-from student_train.memory import model_shape
+from student_train.models.memory import model_shape
 from student_train.preflight.ends import check_beginning, check_ending
 from student_train.preflight.findings import Finding
 from student_train.preflight.room import (
@@ -27,6 +26,7 @@ from student_train.preflight.vocabulary import (
     check_special_tokens,
     check_tokens,
 )
+from student_train.streaming.reader import LabelReader
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError)
 """What transformers raises where files are missing, or are not what they should be."""

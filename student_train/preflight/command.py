@@ -3,10 +3,10 @@
 import sys
 
 from student_train.config import TrainJob
-from student_train.data import LabelReader
 from student_train.preflight.checks import check_job
 from student_train.preflight.findings import require_fit
 from student_train.preflight.self_test import self_test
+from student_train.streaming.reader import LabelReader
 
 
 def print_preflight(job: TrainJob) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from student_train.config import TrainConfig
-from student_train.memory import ModelShape, estimate_memory, training_shape
+from student_train.models.memory import ModelShape, estimate_memory, training_shape
 from student_train.preflight.findings import Finding
 from student_train.preflight.subject import Subject
 

@@ -16,19 +16,19 @@ from torch import Tensor
 
 from storage.keys import LabelSetSpec
 from student_train.config import HybridLossConfig, SupervisionConfig, TaidLossConfig, TrainJob
-from student_train.data import LabelReader, MicroBatch, collate
-from student_train.documents import isolate_documents
 from student_train.errors import PreflightError
 from student_train.hard.config import HardLabel
-from student_train.head import head_of
 from student_train.losses import DIVERGENCES
 from student_train.losses.base import LossTerms, TeacherRows
 from student_train.losses.head_chunks import CHUNK_ROWS
 from student_train.losses.linear_head import LinearHead
-from student_train.model import Student, model_inputs
+from student_train.models.documents import isolate_documents
+from student_train.models.head import head_of
+from student_train.models.student import Student, model_inputs
 from student_train.schedules import StepState
-from student_train.step_plan import TrainingPlan
-from student_train.stream import BatchStream
+from student_train.streaming.reader import LabelReader, MicroBatch, collate
+from student_train.streaming.step_plan import TrainingPlan
+from student_train.streaming.stream import BatchStream
 
 MAX_SAMPLES = 64
 """Samples that are looked at, spread over the selection."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from student_train.config import TrainConfig
-from student_train.data import LabelReader
+from student_train.streaming.reader import LabelReader
 
 LOOKED_AT = 64
 """Prompts and responses that checks look at, spread over a selection."""

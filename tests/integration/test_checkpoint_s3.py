@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest
 
 from storage.errors import StoreAccessError
-from student_train.checkpoint_copies import CheckpointCopies
-from student_train.checkpoint_manifest import MANIFEST_FILE, Manifest, damage, digest_file, files_in
+from student_train.checkpoints.copies import CheckpointCopies
+from student_train.checkpoints.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    damage,
+    digest_file,
+    files_in,
+)
 from tests.integration.conftest import Network
 
 MIB = 2**20

@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from storage.testing import make_sample, make_spec
 from student_train.config import TrainConfig
-from student_train.data import collate
-from student_train.memory import estimate_memory, model_shape, training_shape
-from student_train.model import make_student
+from student_train.streaming.reader import collate
+from student_train.models.memory import estimate_memory, model_shape, training_shape
+from student_train.models.student import make_student
 from student_train.schedules import StepState
 
 directory = Path(sys.argv[1])

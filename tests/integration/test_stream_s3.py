@@ -11,8 +11,8 @@ from storage.selection import SampleRequest, Selection
 from storage.store import LabelStore
 from storage.testing import make_sample, make_spec
 from student_train.config import BatchConfig, LabelSource, LoaderConfig, TrainConfig
-from student_train.data import LabelReader, collate
-from student_train.stream import BatchStream
+from student_train.streaming.reader import LabelReader, collate
+from student_train.streaming.stream import BatchStream
 from student_train.trainer import plan_training
 from tests.integration.conftest import Network
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from storage.testing import make_sample, make_spec
 from student_train.config import HybridLossConfig
-from student_train.data import collate
-from student_train.model import Student
+from student_train.models.student import Student
 from student_train.schedules import StepState
+from student_train.streaming.reader import collate
 from tests.unit.student_train.language_models import FAMILIES, make_model
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -48,9 +48,9 @@ engines.prepare_process(1)
 import torch
 from storage.testing import make_sample, make_spec
 from student_train.config import LabelSource, TrainConfig, TrainJob
-from student_train.data import collate
-from student_train.export import export_student
-from student_train.model import make_student
+from student_train.streaming.reader import collate
+from student_train.models.export import export_student
+from student_train.models.student import make_student
 from student_train.schedules import StepState
 
 plain = engines.deepspeed_config

@@ -23,8 +23,8 @@ from storage.keys import (
 from storage.samples import LabelledSample
 from storage.selection import SampleRequest
 from student_train.config import MODEL_DIRECTORY, LabelSource, TrainConfig, TrainJob
-from student_train.export import export_student
-from student_train.model import make_student
+from student_train.models.export import export_student
+from student_train.models.student import make_student
 from teacher_server.backends import vllm_capture
 from teacher_server.backends.base import TeacherJob, start_backend
 from teacher_server.backends.vllm_capture import ArrayRows

@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.made_up_labels import Answers
 from student_train.config import BatchConfig, LabelSource, LoaderConfig, TrainConfig
-from student_train.data import LabelReader, collate
-from student_train.stream import BatchStream
+from student_train.streaming.reader import LabelReader, collate
+from student_train.streaming.stream import BatchStream
 from student_train.trainer import plan_training
 
 NUM_SAMPLES = int(os.environ.get("DISTILL_SOAK_SAMPLES", "1000000"))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from student_train import best
-from student_train.best import BEST_DIRECTORY, BestStudent
 from student_train.config import MODEL_DIRECTORY, LabelSource, TrainConfig, TrainJob
 from student_train.errors import StudentError
+from student_train.watching import best
+from student_train.watching.best import BEST_DIRECTORY, BestStudent
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from student_train.checkpoint import CHECKPOINTS_DIRECTORY, Checkpoints, SavedStep
-from student_train.checkpoint_manifest import MANIFEST_FILE, Manifest
+from student_train.checkpoints.checkpoint import CHECKPOINTS_DIRECTORY, Checkpoints, SavedStep
+from student_train.checkpoints.manifest import MANIFEST_FILE, Manifest
 from student_train.config import LabelSource, TrainConfig, TrainJob
 from student_train.errors import StudentError
 

@@ -15,8 +15,8 @@ from storage.selection import SampleRequest, Selection
 from storage.store import LabelStore
 from storage.testing import label_sample_densely, make_sample, make_spec
 from student_train.config import LabelSource, TrainDataConfig
-from student_train.data import LabelReader, collate
 from student_train.errors import PreflightError
+from student_train.streaming.reader import LabelReader, collate
 
 SPEC = make_spec(vocab_size=100)
 

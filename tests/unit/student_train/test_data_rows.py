@@ -13,7 +13,7 @@ from storage.samples import LabelledSample
 from storage.tail import LOG_ZERO
 from storage.testing import make_sample, make_spec
 from student_train.losses.base import PADDING_ID
-from student_train.teacher_rows import SIDECAR, teacher_rows
+from student_train.streaming.teacher_rows import SIDECAR, teacher_rows
 
 SPEC = make_spec(vocab_size=40)
 

@@ -10,11 +10,11 @@ from transformers import LlamaForCausalLM, PretrainedConfig
 from storage.samples import LabelledSample
 from storage.testing import make_spec
 from student_train.config import HybridLossConfig
-from student_train.data import collate
-from student_train.documents import document_inputs, isolate_documents, packing_error
 from student_train.errors import PreflightError
-from student_train.model import Student
+from student_train.models.documents import document_inputs, isolate_documents, packing_error
+from student_train.models.student import Student
 from student_train.schedules import StepState
+from student_train.streaming.reader import collate
 from tests.unit.student_train.language_models import PACKABLE, PADDED_ONLY, make_model
 
 FP32 = 1e-5

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from student_train.config import LabelSource, TrainConfig, TrainJob
-from student_train.export import export_student, render_model_card
-from student_train.gather import gather_weights
-from student_train.lora import add_adapters
-from student_train.model import prune_layers
+from student_train.models.export import export_student, render_model_card
+from student_train.models.gather import gather_weights
+from student_train.models.lora import add_adapters
+from student_train.models.student import prune_layers
 from tests.unit.student_train.language_models import FAMILIES, make_model
 
 MakeModel = Callable[..., LlamaForCausalLM]

@@ -10,14 +10,14 @@ from torch import Tensor
 from storage.samples import LabelledSample
 from storage.testing import make_spec
 from student_train.config import HybridLossConfig
-from student_train.data import MicroBatch, collate
-from student_train.documents import isolate_documents
 from student_train.errors import PreflightError
-from student_train.lora import add_adapters
-from student_train.lora_config import LoraConfig
 from student_train.losses.reference import reference_loss
-from student_train.model import Student, checkpoint_activations
+from student_train.models.documents import isolate_documents
+from student_train.models.lora import add_adapters
+from student_train.models.lora_config import LoraConfig
+from student_train.models.student import Student, checkpoint_activations
 from student_train.schedules import StepState
+from student_train.streaming.reader import MicroBatch, collate
 from tests.unit.student_train.language_models import (
     FAMILIES,
     PACKABLE,

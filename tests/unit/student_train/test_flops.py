@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
-from student_train.flops import ModelFlops, model_flops
+from student_train.models.flops import ModelFlops, model_flops
 
 
 def lengths(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -19,12 +19,12 @@ from transformers import (
 from storage.samples import LabelledSample
 from storage.testing import make_spec
 from student_train.config import HybridLossConfig
-from student_train.data import collate
 from student_train.errors import PreflightError
-from student_train.head import HeadScope, check_head, head_of
 from student_train.losses.reference import reference_loss
-from student_train.model import Student
+from student_train.models.head import HeadScope, check_head, head_of
+from student_train.models.student import Student
 from student_train.schedules import StepState
+from student_train.streaming.reader import collate
 
 VOCAB_SIZE = 40
 MakeModel = Callable[..., LlamaForCausalLM]

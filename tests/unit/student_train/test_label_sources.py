@@ -3,8 +3,8 @@
 from storage.samples import LabelledSample
 from storage.store import LabelStore
 from student_train.config import LabelSource, TrainDataConfig
-from student_train.data import LabelReader
-from student_train.label_sources import resolve_labels
+from student_train.streaming.label_sources import resolve_labels
+from student_train.streaming.reader import LabelReader
 
 
 def test_without_settings_the_labels_are_those_of_the_project(labels: LabelSource) -> None:

@@ -11,11 +11,11 @@ from storage.errors import ConfigError
 from storage.samples import LabelledSample
 from storage.testing import make_spec
 from student_train.config import HybridLossConfig
-from student_train.data import collate
 from student_train.errors import PreflightError
 from student_train.losses.reference import reference_loss
-from student_train.model import Student, load_causal_lm, prune_layers
+from student_train.models.student import Student, load_causal_lm, prune_layers
 from student_train.schedules import StepState
+from student_train.streaming.reader import collate
 from student_train.weights.config import StaticWeightConfig
 
 VOCAB_SIZE = 40

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from student_train.config import BatchConfig
-from student_train.order import PlacedRow, draw_members, epoch_rows, group_rows
+from student_train.streaming.order import PlacedRow, draw_members, epoch_rows, group_rows
 
 batches = st.builds(
     BatchConfig,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_train.packing import RowOrder, pack
+from student_train.streaming.packing import RowOrder, pack
 
 lengths_of_samples = st.lists(st.integers(1, 60), max_size=60)
 capacities = st.integers(1, 100)

@@ -14,10 +14,9 @@ from storage.store import LabelStore
 from storage.testing import make_sample, make_spec
 from student_train import __main__ as command
 from student_train.config import HybridLossConfig, LabelSource, TrainConfig, TrainJob
-from student_train.data import LabelReader, collate
 from student_train.errors import PreflightError
 from student_train.losses.base import PADDING_ID
-from student_train.model import Student
+from student_train.models.student import Student
 from student_train.preflight import before_training
 from student_train.preflight.before_training import PREFLIGHT_FILE, require_fit_job
 from student_train.preflight.checks import check_columns, check_unlabelled
@@ -25,6 +24,7 @@ from student_train.preflight.findings import Finding, require_fit
 from student_train.preflight.room import Memory, Ranks
 from student_train.preflight.vocabulary import check_cutting, check_rows, check_tokens
 from student_train.schedules import StepState
+from student_train.streaming.reader import LabelReader, collate
 from tests.unit.student_train.conftest import VOCAB_SIZE
 from tests.unit.student_train.preflight_models import (
     FAMILIES,

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from student_train.config import TrainConfig
-from student_train.memory import (
+from student_train.models.memory import (
     ModelShape,
     TrainingShape,
     estimate_memory,

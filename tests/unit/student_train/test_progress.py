@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from student_train.progress import Pace, StepProgress
+from student_train.watching.progress import Pace, StepProgress
 
 
 def line(step: int, *, seconds: float = 2.0, total: int = 10) -> dict[str, float]:

@@ -13,7 +13,7 @@ from storage.selection import SampleRequest, Selection
 from storage.store import LabelStore
 from storage.testing import make_sample, make_spec
 from student_train.config import LabelSource, TrainDataConfig
-from student_train.data import LabelReader, MicroBatch, collate
+from student_train.streaming.reader import LabelReader, MicroBatch, collate
 
 SPECS = {
     "fixed k": make_spec(vocab_size=40),

@@ -12,16 +12,16 @@ from transformers import AutoTokenizer
 from storage.keys import TeacherFingerprint, sample_key
 from storage.selection import SampleRequest, Selection
 from storage.store import LabelStore
-from student_train import model as student_model
 from student_train.config import LabelSource, SupervisionConfig, TrainConfig, TrainJob
-from student_train.data import MicroBatch, collate
 from student_train.errors import PreflightError
-from student_train.head import head_of
 from student_train.losses import DIVERGENCES
 from student_train.losses.linear_head import LinearHead
-from student_train.model import Student
+from student_train.models import student as student_model
+from student_train.models.head import head_of
+from student_train.models.student import Student
 from student_train.preflight import self_test as module
 from student_train.preflight.self_test import SelfTest, self_test
+from student_train.streaming.reader import MicroBatch, collate
 from teacher_server.backends.base import TeacherJob, start_backend
 from teacher_server.config import (
     LabelConfig,

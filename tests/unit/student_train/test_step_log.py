@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from student_train.step_log import StepLog
+from student_train.watching.step_log import StepLog
 
 
 def steps(path: Path) -> list[int]:

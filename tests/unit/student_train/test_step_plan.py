@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from student_train.config import BatchConfig
-from student_train.step_plan import TrainingPlan, split_by_padded_size
+from student_train.streaming.step_plan import TrainingPlan, split_by_padded_size
 
 LENGTHS = np.array([30, 10, 20, 25, 5, 40, 15, 10])
 BATCH = BatchConfig(tokens=50, micro_tokens=40)

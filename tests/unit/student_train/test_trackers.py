@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from student_train.errors import PreflightError
-from student_train.trackers import TRACKERS
-from student_train.trackers.base import TrackedRun, Trackers, require_trackers
+from student_train.watching.trackers import TRACKERS
+from student_train.watching.trackers.base import TrackedRun, Trackers, require_trackers
 
 Calls = list[tuple[str, Any]]
 

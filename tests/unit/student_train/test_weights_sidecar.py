@@ -12,8 +12,8 @@ from storage.sidecar import SidecarSpec
 from storage.store import LabelStore
 from storage.testing import make_sample, make_spec
 from student_train.config import LabelSource
-from student_train.data import LabelReader, collate
 from student_train.errors import PreflightError
+from student_train.streaming.reader import LabelReader, collate
 from student_train.weights.config import SidecarWeightConfig, StaticWeightConfig
 from tests.unit.student_train.weight_rows import assert_blend, random_teachers, rows_of, weigh
 

@@ -46,7 +46,7 @@ def test_every_number_is_that_of_the_label(inspected: Read) -> None:
 
 def test_the_bridge_score_is_one_minus_the_published_weight() -> None:
     torch = pytest.importorskip("torch")
-    from student_train.teacher_rows import teacher_rows
+    from student_train.streaming.teacher_rows import teacher_rows
     from student_train.weights.base import WeightContext
     from student_train.weights.confidence import confidence_weight
     from student_train.weights.config import ConfidenceWeightConfig

@@ -16,11 +16,11 @@ from storage.keys import MassSpec, TopKSpec
 from storage.samples import LabelledSample
 from storage.testing import make_sample, make_spec
 from student_train.config import HybridLossConfig
-from student_train.data import collate
 from student_train.errors import PreflightError
 from student_train.losses.config import ForwardKlConfig
-from student_train.model import Student, load_causal_lm
+from student_train.models.student import Student, load_causal_lm
 from student_train.schedules import StepState
+from student_train.streaming.reader import collate
 from student_train.weights.config import StaticWeightConfig
 
 VOCABULARY = 260

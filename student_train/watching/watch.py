@@ -11,14 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from student_train.best import BestStudent, Export, write_selection
 from student_train.config import GENERATIONS_FILE, HELDOUT_FILE, METRICS_FILE, TrainJob
 from student_train.engine import gather_over_ranks, world
-from student_train.heldout import HeldoutEvaluation, HeldoutResult
-from student_train.progress import StepProgress
-from student_train.selection import best_step, selection_warning, should_stop
-from student_train.step_log import StepLog
-from student_train.trackers.base import TrackedRun, Trackers
+from student_train.watching.best import BestStudent, Export, write_selection
+from student_train.watching.heldout import HeldoutEvaluation, HeldoutResult
+from student_train.watching.progress import StepProgress
+from student_train.watching.selection import best_step, selection_warning, should_stop
+from student_train.watching.step_log import StepLog
+from student_train.watching.trackers.base import TrackedRun, Trackers
 
 NOT_TRACKED = frozenset({"step", "total_steps"})
 """Entries of a line that are no measurements."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from student_train.config import TrainConfig
-from student_train.watch_config import HIGHER_IS_BETTER, TEACHER_FORCED_KL, EarlyStopConfig
+from student_train.watching.config import HIGHER_IS_BETTER, TEACHER_FORCED_KL, EarlyStopConfig
 
 Evaluations = Sequence[Mapping[str, Any]]
 """Lines of ``heldout.jsonl``: ``step`` and the metrics, in the order of the steps."""

@@ -17,9 +17,9 @@ from storage.shard_cache import ShardCache
 from storage.store import LabelStore
 from student_train.config import LabelSource, LoaderConfig, TrainDataConfig
 from student_train.hard.config import HardLabel
-from student_train.label_part import common_spec, load_part
 from student_train.losses.base import TeacherRows
-from student_train.teacher_rows import teacher_rows
+from student_train.streaming.label_part import common_spec, load_part
+from student_train.streaming.teacher_rows import teacher_rows
 from student_train.weights.config import WeightPolicyConfig
 
 Int64s = npt.NDArray[np.int64]

@@ -14,12 +14,12 @@ import torch
 from transformers import AutoTokenizer
 
 from student_train.config import TrainJob
-from student_train.data import LabelReader
 from student_train.engine import sum_over_ranks, world
 from student_train.errors import PreflightError
 from student_train.evaluate import generate, measure
-from student_train.step_plan import split_by_padded_size
-from student_train.watch_config import HeldoutMetric
+from student_train.streaming.reader import LabelReader
+from student_train.streaming.step_plan import split_by_padded_size
+from student_train.watching.config import HeldoutMetric
 
 METRICS: tuple[str, ...] = get_args(HeldoutMetric)
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from student_train.config import BatchConfig
-from student_train.packing import pack
+from student_train.streaming.packing import pack
 
 Int64s = npt.NDArray[np.int64]
 

@@ -5,8 +5,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from student_train.trackers.base import TrackedRun
-from student_train.trackers.run_ids import store_id, stored_id
+from student_train.watching.trackers.base import TrackedRun
+from student_train.watching.trackers.run_ids import store_id, stored_id
 
 PROJECT = "distillcache"
 """Project of the runs unless ``WANDB_PROJECT`` names another one."""
@@ -38,11 +38,11 @@ class WeightsAndBiases:
             store_id(run.directory, "wandb", run_id)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See :class:`student_train.trackers.base.Tracker`."""
+        """See :class:`student_train.watching.trackers.base.Tracker`."""
         self._run.log(dict(values), step=step)
 
     def texts(self, step: int, values: Mapping[str, str]) -> None:
-        """See :class:`student_train.trackers.base.Tracker`."""
+        """See :class:`student_train.watching.trackers.base.Tracker`."""
         html = {name: self._wandb.Html(f"<pre>{_escaped(v)}</pre>") for name, v in values.items()}
         self._run.log(html, step=step)
 

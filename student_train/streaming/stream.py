@@ -20,8 +20,8 @@ import numpy as np
 from storage.errors import LabelStoreError
 from storage.label_batch import SampleRanges, join
 from student_train.config import LoaderConfig
-from student_train.data import LabelReader, MicroBatch
-from student_train.step_plan import MicroBatchPlan, TrainingPlan
+from student_train.streaming.reader import LabelReader, MicroBatch
+from student_train.streaming.step_plan import MicroBatchPlan, TrainingPlan
 
 Collate = Callable[[SampleRanges], MicroBatch]
 """From the samples of a micro-batch, in their order, to the batch."""

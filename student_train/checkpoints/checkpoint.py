@@ -19,8 +19,8 @@ from typing import Any
 from storage.errors import StoreAccessError
 from storage.files import fsync_directory, write_atomically
 from storage.fingerprint import DigestMemo
-from student_train.checkpoint_copies import CheckpointCopies
-from student_train.checkpoint_manifest import (
+from student_train.checkpoints.copies import CheckpointCopies
+from student_train.checkpoints.manifest import (
     MANIFEST_FILE,
     FileDigest,
     Manifest,
@@ -29,12 +29,16 @@ from student_train.checkpoint_manifest import (
     digest_file,
     files_in,
 )
+from student_train.checkpoints.random_state import (
+    random_state,
+    restore_random_state,
+    seed_random_state,
+)
+from student_train.checkpoints.resume_settings import resume_settings
+from student_train.checkpoints.universal import make_universal, remove_universal
 from student_train.config import TrainJob
 from student_train.engine import from_rank_0, gather_over_ranks, world
 from student_train.errors import StudentError
-from student_train.random_state import random_state, restore_random_state, seed_random_state
-from student_train.resume_settings import resume_settings
-from student_train.universal import make_universal, remove_universal
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
 """Folder of the checkpoints, in the output directory of a training."""

@@ -7,7 +7,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard.summary import text
 
-from student_train.trackers.base import TrackedRun
+from student_train.watching.trackers.base import TrackedRun
 
 DIRECTORY = "tensorboard"
 """Folder of the event files, in the output directory."""
@@ -30,14 +30,14 @@ class TensorBoard:
         self._writer.add_event(Event(step=first, session_log=start))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See :class:`student_train.trackers.base.Tracker`; on disk when it returns."""
+        """See :class:`student_train.watching.trackers.base.Tracker`; on disk when it returns."""
         found = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._writer.add_summary(Summary(value=found), step)
         # a killed process leaves what its last checkpoint contains, and more
         self._writer.flush()
 
     def texts(self, step: int, values: Mapping[str, str]) -> None:
-        """See :class:`student_train.trackers.base.Tracker`."""
+        """See :class:`student_train.watching.trackers.base.Tracker`."""
         for name, value in values.items():
             self._writer.add_summary(text(name, value), step)  # type: ignore[no-untyped-call]
         self._writer.flush()

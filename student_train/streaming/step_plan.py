@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from student_train.config import BatchConfig
-from student_train.order import PlacedRow, epoch_rows, group_rows
-from student_train.packing import pack
+from student_train.streaming.order import PlacedRow, epoch_rows, group_rows
+from student_train.streaming.packing import pack
 
 Int64s = npt.NDArray[np.int64]
 

@@ -19,8 +19,8 @@ from storage.store import LabelStore
 from storage.view import LabelView
 from student_train.config import LabelSource
 from student_train.errors import PreflightError
-from student_train.sidecar_column import read_sidecar_column
-from student_train.teacher_rows import SIDECAR
+from student_train.streaming.sidecar_column import read_sidecar_column
+from student_train.streaming.teacher_rows import SIDECAR
 from student_train.weights.config import SidecarWeightConfig, WeightPolicyConfig
 
 Int64s = npt.NDArray[np.int64]

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 from student_train.errors import PreflightError
 from student_train.losses.base import load
-from student_train.trackers import TRACKERS
+from student_train.watching.trackers import TRACKERS
 
 
 @dataclass(frozen=True, slots=True)

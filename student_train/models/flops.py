@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from student_train.gather import num_elements
+from student_train.models.gather import num_elements
 
 PEAK_TFLOPS = {
     "B200": 2250.0,

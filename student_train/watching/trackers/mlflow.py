@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from student_train.trackers.base import TrackedRun
-from student_train.trackers.run_ids import store_id, stored_id
+from student_train.watching.trackers.base import TrackedRun
+from student_train.watching.trackers.run_ids import store_id, stored_id
 
 EXPERIMENT = "distillcache"
 """Experiment of the runs unless ``MLFLOW_EXPERIMENT_NAME`` names another one."""
@@ -41,14 +41,14 @@ class MLflow:
         self._sent = max((metric.step for metric in history), default=0)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See :class:`student_train.trackers.base.Tracker`."""
+        """See :class:`student_train.watching.trackers.base.Tracker`."""
         if step > self._sent:
             now_ms = int(time.time() * 1000)
             found = [self._metric(name, value, now_ms, step) for name, value in values.items()]
             self._client.log_batch(self._run_id, metrics=found)
 
     def texts(self, step: int, values: Mapping[str, str]) -> None:
-        """See :class:`student_train.trackers.base.Tracker`; a file for every step."""
+        """See :class:`student_train.watching.trackers.base.Tracker`; a file for every step."""
         for name, value in values.items():
             self._client.log_text(self._run_id, value, f"{name}/step-{step:08d}.md")
 

@@ -14,16 +14,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from storage.errors import ConfigError
 from storage.files import published_directory
 from student_train.config import SupervisionConfig, TrainConfig
-from student_train.data import MicroBatch
-from student_train.documents import document_inputs, isolate_documents
 from student_train.errors import PreflightError
-from student_train.gather import whole
-from student_train.head import HeadScope, check_head, head_of
 from student_train.losses import LOSSES
 from student_train.losses.base import LossTerms, load
 from student_train.losses.measures import held_out_terms
+from student_train.models.documents import document_inputs, isolate_documents
+from student_train.models.gather import whole
+from student_train.models.head import HeadScope, check_head, head_of
+from student_train.models.tokenizer_files import copy_tokenizer, generation_config
 from student_train.schedules import StepState
-from student_train.tokenizer_files import copy_tokenizer, generation_config
+from student_train.streaming.reader import MicroBatch
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -45,7 +45,7 @@ def make_student(directory: str, train: TrainConfig, vocab_size: int) -> "Studen
     """
     language_model = load_causal_lm(directory, "float32")
     if train.lora is not None:
-        from student_train.lora import add_adapters  # peft takes seconds to import
+        from student_train.models.lora import add_adapters  # peft takes seconds to import
 
         add_adapters(language_model, train.lora)
     student = Student(language_model, train.loss, vocab_size, dropout=train.dropout)
@@ -112,7 +112,7 @@ class Student(nn.Module):
 
         Args:
             batch: The micro-batch; a packed one needs a model that was set up for it
-                (:func:`student_train.documents.isolate_documents`).
+                (:func:`student_train.models.documents.isolate_documents`).
             step: Where the training stands; evaluation, whose loss does not move, gives any.
             measure: Whether to take :func:`student_train.losses.measures.held_out_terms` instead
                 of the objective.

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from storage.files import published_directory
 from student_train.config import ADAPTER_DIRECTORY, MODEL_DIRECTORY, TrainJob
-from student_train.gather import gather_weights, num_elements
-from student_train.model import TORCH_DTYPES, load_causal_lm
-from student_train.tokenizer_files import copy_tokenizer, generation_config
+from student_train.models.gather import gather_weights, num_elements
+from student_train.models.student import TORCH_DTYPES, load_causal_lm
+from student_train.models.tokenizer_files import copy_tokenizer, generation_config
 
 MAX_SHARD_SIZE = "5GB"
 """Larger models are written in several files, as on the hubs."""
@@ -77,7 +77,10 @@ def _export_adapter(
     metrics: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Tensor]:
     """Write the adapter; returns the weights of the whole model with it."""
-    from student_train.lora import merged_weights, save_adapter  # peft takes seconds to import
+    from student_train.models.lora import (  # peft takes seconds to import
+        merged_weights,
+        save_adapter,
+    )
 
     output = Path(job.output) / ADAPTER_DIRECTORY
     with published_directory(output) as directory:
@@ -148,7 +151,11 @@ def render_model_card(
         base_model: Name of the untrained student on a hub.
         library: What loads the directory: ``transformers`` or ``peft``.
     """
-    text = importlib.resources.files("student_train").joinpath("model_card.md.jinja").read_text()
+    text = (
+        importlib.resources.files("student_train.models")
+        .joinpath("model_card.md.jinja")
+        .read_text()
+    )
     environment = Environment(
         autoescape=False,  # noqa: S701 - Markdown
         keep_trailing_newline=True,

@@ -6,7 +6,7 @@ from typing import Any
 
 from storage.fingerprint import DigestMemo, fingerprint_model
 from storage.keys import key_of
-from student_train.checkpoint_manifest import flattened
+from student_train.checkpoints.manifest import flattened
 from student_train.config import TrainJob
 
 MAY_CHANGE = frozenset({"train.batch.micro_tokens", "train.chat_template", "train.export_dtype"})

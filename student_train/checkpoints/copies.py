@@ -10,7 +10,7 @@ from pathlib import Path
 
 from storage.files import write_atomically
 from storage.objects import Objects
-from student_train.checkpoint_manifest import MANIFEST_FILE
+from student_train.checkpoints.manifest import MANIFEST_FILE
 
 BLOCK_BYTES = 2**24
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from storage.fingerprint import ADAPTER_WEIGHTS
 from student_train.errors import PreflightError
-from student_train.lora_config import LoraConfig
+from student_train.models.lora_config import LoraConfig
 
 ADAPTER = "default"
 """Name of the one adapter, as peft calls it where nobody does."""
