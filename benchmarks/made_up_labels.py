@@ -3,7 +3,7 @@
 They cost little to make: rows are taken from one table of random distributions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,15 +66,22 @@ class Answers:
 
     def write(self, directory: Path) -> LabelSource:
         """A store with these labels and a selection of all of them."""
-        store = LabelStore(str(directory), create=True)
-        label_set = store.create(self.spec, {})
-        requests = []
-        with label_set.writer({}, commit_samples=COMMIT_SAMPLES) as writer:
-            for sample in self.samples():
-                writer.add(sample)
-                requests.append(SampleRequest(sample.key, 0, sample.prompt_ids_P, None, ()))
-        selection = Selection(tuple(requests)).save(store.objects)
-        return LabelSource(store=store.uri, label_set=label_set.key, selection=selection)
+        return write_labels(directory, self.spec, self.samples())
+
+
+def write_labels(
+    directory: Path, spec: LabelSetSpec, samples: Iterable[LabelledSample]
+) -> LabelSource:
+    """A store with these samples and a selection of all of them."""
+    store = LabelStore(str(directory), create=True)
+    label_set = store.create(spec, {})
+    requests = []
+    with label_set.writer({}, commit_samples=COMMIT_SAMPLES) as writer:
+        for sample in samples:
+            writer.add(sample)
+            requests.append(SampleRequest(sample.key, 0, sample.prompt_ids_P, None, ()))
+    selection = Selection(tuple(requests)).save(store.objects)
+    return LabelSource(store=store.uri, label_set=label_set.key, selection=selection)
 
 
 @dataclass(frozen=True, slots=True)

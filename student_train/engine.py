@@ -3,6 +3,7 @@
 import math
 import os
 import socket
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -33,6 +34,8 @@ def prepare_process(threads: int) -> None:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
     torch.set_num_threads(threads)
+    # DeepSpeed calls what torch renames, on every rank, several times
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def _free_port() -> int:

@@ -1,8 +1,8 @@
 """One optimiser step over all ranks, and its metrics."""
 
-import resource
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,9 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most that this process has held: of the device's memory, on CPU of the host's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status").read_text()  # ru_maxrss counts the parent's memory too
+    (peak_kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(peak_kib) / 2**20
 
 
 def largest_over_ranks(value: float, device: torch.device) -> float:

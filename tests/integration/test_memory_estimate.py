@@ -22,6 +22,7 @@ from student_train.config import TrainConfig
 from student_train.streaming.reader import collate
 from student_train.models.memory import estimate_memory, model_shape, training_shape
 from student_train.models.student import make_student
+from student_train.optimizer_step import peak_memory_gib
 from student_train.schedules import StepState
 
 directory = Path(sys.argv[1])
@@ -57,7 +58,7 @@ for step in range(2):
     student(batch, StepState(step=step, total_steps=2)).total.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+peak = peak_memory_gib(torch.device("cpu")) * 2**30 - before
 print(json.dumps({"estimate": estimate, "peak": peak}))
 """
 

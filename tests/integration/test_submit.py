@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
+import time
 import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,9 +50,9 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def job_server(tmp_path_factory: pytest.TempPathFactory, bare_python: Path) -> Iterator[str]:
+def job_server(bare_python: Path) -> Iterator[str]:
     """Address of the job server of a cluster of one node, which has none of our packages."""
-    folder = tmp_path_factory.mktemp("ray")
+    folder = Path(tempfile.mkdtemp(prefix="ray"))  # Ray's socket paths have 107 bytes at most
     dashboard = free_port()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     # the flags name every port, so that no other Ray on this machine is in the way
@@ -88,16 +90,19 @@ def job_server(tmp_path_factory: pytest.TempPathFactory, bare_python: Path) -> I
 
     address = f"http://127.0.0.1:{dashboard}"
     waiting = threading.Event()
-    for _ in range(120):
+    deadline = time.monotonic() + 120
+    while True:
         try:
             JobSubmissionClient(address).list_jobs()
             break
         except Exception:  # noqa: BLE001 - not up yet: several kinds of errors
             assert head.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             waiting.wait(1)
     yield address
     head.send_signal(signal.SIGTERM)  # --block: it ends the processes that it started
     head.wait(60)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
