@@ -10,6 +10,7 @@ from storage.errors import DistillError
 
 EXIT_CODE = 128 + signal.SIGTERM
 """How shells report a process that SIGTERM ended."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StoppedError(DistillError):
@@ -23,11 +24,8 @@ class StopRequest:
         self.requested = False
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
 @contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
+def stop_on_signals() -> Iterator[StopRequest]:
     """Within the block, the first SIGTERM or SIGINT is a request; the second ends the process."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.cluster import RAY_ENVIRONMENT
 from pipeline.config import RunConfig
-from pipeline.stopping import EXIT_CODE
+from pipeline.stopping import EXIT_CODE, STOP_SIGNALS
 from pipeline.upload import EXCLUDED, upload_directory
 from storage.errors import ConfigError, DistillError
 from storage.objects import REMOTE_SCHEMES
@@ -25,7 +25,6 @@ POLL_S = 0.5
 STARTING_S = 120
 STILL_STARTING = "No available agent"
 """What the job server says of a head that has just started."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job."""
 

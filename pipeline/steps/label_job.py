@@ -34,7 +34,7 @@ from pipeline.steps.label_figures import LabelFigures
 from pipeline.steps.label_worker import CONTROL, EngineFacts, TeacherWorker
 from pipeline.steps.plan import Plan
 from pipeline.steps.prepare import PreparedTeacher
-from pipeline.stopping import StoppedError, StopRequest, stop_on_sigterm
+from pipeline.stopping import StoppedError, StopRequest, stop_on_signals
 from storage.errors import DistillError
 from storage.label_set import LabelSet
 from storage.provenance import provenance
@@ -145,7 +145,7 @@ class LabelJob:
         ray = self._cluster.ray  # connected before, it would take the signal from us
         price = self._project.config.cluster.engine_hour_cost
         self._figures = LabelFigures(len(misses), time.monotonic(), price)
-        with self._project.bars() as self._bars, stop_on_sigterm() as stop:
+        with self._project.bars() as self._bars, stop_on_signals() as stop:
             try:
                 self._work(stop)
             finally:

@@ -17,7 +17,7 @@ from pipeline.cluster import Cluster, unwrapped
 from pipeline.logs import RunLog, log_context
 from pipeline.project import Project
 from pipeline.steps.student_queue import StudentQueue, StudentTraining, unfinished
-from pipeline.stopping import StopRequest, stop_on_sigterm
+from pipeline.stopping import StopRequest, stop_on_signals
 from pipeline.text import error_text
 from storage.errors import DistillError, StoreAccessError
 from student_train.config import TrainJob
@@ -101,7 +101,7 @@ class StudentRuns:
         for thread in threads:
             thread.start()
         try:
-            with stop_on_sigterm() as stop:
+            with stop_on_signals() as stop:
                 self._watch(queue, threads, stop, trained=trained, steps_done=steps_done)
             self._leave(threads, hurry=stop.requested or bool(ray.get(queue.broken.remote())))
             students: list[StudentTraining] = ray.get(queue.students.remote())

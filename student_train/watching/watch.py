@@ -16,7 +16,7 @@ from student_train.engine import gather_over_ranks, world
 from student_train.watching.best import BestStudent, Export, write_selection
 from student_train.watching.heldout import HeldoutEvaluation, HeldoutResult
 from student_train.watching.progress import StepProgress
-from student_train.watching.selection import best_step, selection_warning, should_stop
+from student_train.watching.step_choice import best_step, selection_warning, should_stop
 from student_train.watching.step_log import StepLog
 from student_train.watching.trackers.base import TrackedRun, Trackers
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from pipeline.stopping import stop_on_sigterm
+from pipeline.stopping import stop_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -15,7 +15,7 @@ def test_the_first_signal_asks_and_the_second_does_what_it_did_before(
     seen: list[int] = []
     before = signal.signal(number, lambda n, frame: seen.append(n))
     try:
-        with stop_on_sigterm() as stop:
+        with stop_on_signals() as stop:
             signal.raise_signal(number)
             assert stop.requested
             assert seen == []
@@ -31,7 +31,7 @@ def test_other_threads_cannot_be_asked() -> None:
     asked: list[bool] = []
 
     def work() -> None:
-        with stop_on_sigterm() as stop:
+        with stop_on_signals() as stop:
             asked.append(stop.requested)
 
     thread = threading.Thread(target=work)

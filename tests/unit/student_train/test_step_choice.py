@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from student_train.config import TrainConfig
 from student_train.watching.config import EarlyStopConfig
-from student_train.watching.selection import best_step, selection_warning, should_stop
+from student_train.watching.step_choice import best_step, selection_warning, should_stop
 
 Line = dict[str, float]
 
