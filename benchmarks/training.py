@@ -56,7 +56,7 @@ ANSWERS = Answers(
 QUICK_SAMPLES, LOADER_SAMPLES = 600, 9000
 LEAST_PACKED_SAMPLES = 8
 """Mean lengths in a micro-batch where packing is compared: with less, there is little to pack."""
-TRL_FULL = Distillation(num_samples=160, num_heldout=24, vocab_size=VOCAB_SIZE)
+TRL_FULL = Distillation(num_samples=120, num_heldout=16, vocab_size=VOCAB_SIZE)
 TRL_QUICK = replace(TRL_FULL, num_samples=24, num_heldout=8)
 PHASES = ("imports", "labels", "plan", "model", "deepspeed", "first batch", "first step")
 NOTES = (

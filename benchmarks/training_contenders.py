@@ -5,6 +5,7 @@ whole trainings, ours and TRL's, of one student by one teacher.
 import importlib
 import importlib.util
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -225,7 +227,7 @@ class Distillation:
     k: int = 64
 
     @cached_property
-    def texts(self) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
+    def texts(self) -> list[npt.NDArray[np.int32]]:
         """Token ids of every sample, those for training first."""
         random = np.random.default_rng(0)
         logs = random.normal(
@@ -274,9 +276,9 @@ class Distillation:
         return weights(self.teacher_hidden, self.teacher_layers) / weights(self.hidden, self.layers)
 
     @torch.no_grad()
-    def _response_logprobs(self, model: Any, text: Sequence[int]) -> Tensor:
+    def _response_logprobs(self, model: Any, text: npt.NDArray[np.int32]) -> Tensor:
         """float32[R, V] of one sample."""
-        ids = torch.as_tensor(np.asarray(text[:-1], np.int64))[None]
+        ids = torch.from_numpy(text[:-1].astype(np.int64))[None]
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         logits: Tensor = model.lm_head(hidden[0, self.prompt_tokens - 1 :])
         return logits.log_softmax(dim=-1)
@@ -323,10 +325,15 @@ class Distillation:
         """Train in this process, which needs to be a fresh one."""
         student, teacher = self.student(), self.teacher()
         before = self.held_out_kl(student.eval(), teacher)
-        train = self._ours(student, source) if name == "ours" else self._trl(student, teacher)
-        started = time.process_time()
-        steps = train()
-        seconds = time.process_time() - started
+        with tempfile.TemporaryDirectory() as scratch:
+            train = (
+                self._ours(student, source)
+                if name == "ours"
+                else self._trl(student, teacher, scratch)
+            )
+            started = time.process_time()
+            steps = train()
+            seconds = time.process_time() - started
         after = self.held_out_kl(student.eval(), teacher)
         return Trained(seconds, self.num_tokens, steps, before, after)
 
@@ -380,14 +387,14 @@ class Distillation:
                 return config, plan
             tokens += 1 + tokens // 100
 
-    def _trl(self, student: Any, teacher: Any) -> Callable[[], int]:
+    def _trl(self, student: Any, teacher: Any, scratch: str) -> Callable[[], int]:
         """TRL's trainer with the teacher in the loop, on given responses (lmbda 0)."""
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # where GKD lives, and its API may change
         gkd = importlib.import_module("trl.experimental.gkd")
         datasets = importlib.import_module("datasets")
         rows = [{"input_ids": text.tolist()} for text in self.texts[: self.num_samples]]
         settings = gkd.GKDConfig(
-            output_dir="unused",
+            output_dir=scratch,
             beta=0.0,  # KL(teacher, student)
             lmbda=0.0,
             per_device_train_batch_size=self.batch_samples,
