@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,7 +47,7 @@ from student_train.trainer import plan_training
 
 VOCAB_SIZE = 49_152
 MOST_TIME, MOST_WAIT = 1.10, 0.02
-MOST_KL = 1.01  # batches differ, and with them the result by about as much
+MOST_KL = 1.01  # "the same" is taken as within 1 %: the samples of a batch differ
 LEAST_ONLINE, LEAST_PACKED, LEAST_LOADER = 3.0, 1.8, 0.5
 FULL = Sizes(micro_tokens=2048, hidden=256, layers=4, teacher_hidden=1024, teacher_layers=7)
 QUICK = Sizes(micro_tokens=512, hidden=128, layers=2, teacher_hidden=512, teacher_layers=5)
@@ -54,8 +55,9 @@ ANSWERS = Answers(
     num_samples=2400, median_tokens=120, sigma=0.9, prompt_tokens=40, k=64, vocab_size=VOCAB_SIZE
 )
 QUICK_SAMPLES, LOADER_SAMPLES = 600, 9000
-LEAST_PACKED_SAMPLES = 8
-"""Mean lengths in a micro-batch where packing is compared: with less, there is little to pack."""
+PLAIN_SAMPLES = 8
+"""Samples of a plainly padded micro-batch, the default of transformers' trainer; packed ones have
+as many mean lengths."""
 TRL_FULL = Distillation(num_samples=120, num_heldout=16, vocab_size=VOCAB_SIZE)
 TRL_QUICK = replace(TRL_FULL, num_samples=24, num_heldout=8)
 PHASES = ("imports", "labels", "plan", "model", "deepspeed", "first batch", "first step")
@@ -68,8 +70,8 @@ NOTES = (
     "every position, prompts included, and casts them to float32.",
     "Online: a Llama of about ten times the student's parameters runs forward on the same tokens, "
     "then TAID over the vocabulary as in its authors' code.",
-    "Plain padding: samples in a random order, padded to the longest of their micro-batch, as "
-    "collators of TRL and transformers do. Our padded mode puts like lengths together.",
+    "Plain padding: 8 samples at a time in a random order, padded to their longest, as trainers of "
+    "TRL and transformers do by default. Our padded mode puts like lengths together.",
     "Loader: plan, read, verify, decode and collate in one thread, epoch after epoch; decode: all "
     "columns of the same shards to numpy, verified, nothing kept. The first epoch of a process is "
     "slower than those that the goal is about: it touches its memory for the first time.",
@@ -101,11 +103,13 @@ def micro_batches(reader: LabelReader, plan: TrainingPlan, *, packed: bool) -> I
 def step_goals(reader: LabelReader, contenders: Contenders, rounds: int) -> list[harness.Goal]:
     """Hybrid from the cache against cross-entropy and against a teacher in the loop."""
     plan = plan_training(reader, training(contenders.sizes, epochs=rounds + 1))
-    stream = micro_batches(reader, plan, packed=True)
-    kept = next(stream)
+    # the same micro-batches for all; only the hybrid's are read from the shards as it goes
+    kept = list(islice(micro_batches(reader.fork(), plan, packed=True), rounds + 1))
+    batches = {kind: iter(kept) for kind in KINDS}
+    batches["hybrid"] = micro_batches(reader, plan, packed=True)
 
     def steps(kind: str) -> None:
-        contenders.step(next(stream) if kind == "hybrid" else kept, kind)
+        contenders.step(next(batches[kind]), kind)
 
     times = harness.interleaved({kind: partial(steps, kind) for kind in KINDS}, rounds=rounds)
     found = []
@@ -157,13 +161,15 @@ def memory_goals(source: LabelSource, quick: bool) -> list[harness.Goal]:
 def packing_goals(reader: LabelReader, contenders: Contenders, rounds: int) -> list[harness.Goal]:
     """Tokens per second of packed rows against two ways of padding, on the same samples."""
     mean = float(reader.num_tokens.mean())
-    micro_tokens = max(contenders.sizes.micro_tokens, round(LEAST_PACKED_SAMPLES * mean))
+    micro_tokens = round(PLAIN_SAMPLES * mean)
     order = torch.randperm(reader.num_samples, generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = order[: round(8 * contenders.sizes.micro_tokens / mean)]
+    chosen = order[: 4 * PLAIN_SAMPLES]
     tokens = int(reader.num_tokens[chosen].sum())
     groups: dict[str, list[Sequence[int]]] = {
-        "packed": list(_filled(chosen, reader, micro_tokens, padded=False)),
-        "plain padding": list(_filled(chosen, reader, micro_tokens, padded=True)),
+        "packed": list(_filled(chosen, reader, micro_tokens)),
+        "plain padding": [
+            chosen[first : first + PLAIN_SAMPLES] for first in range(0, len(chosen), PLAIN_SAMPLES)
+        ],
         "padded, like lengths": list(split_by_padded_size(chosen, reader.num_tokens, micro_tokens)),
     }
 
@@ -187,15 +193,11 @@ def packing_goals(reader: LabelReader, contenders: Contenders, rounds: int) -> l
     ]
 
 
-def _filled(
-    chosen: list[int], reader: LabelReader, micro_tokens: int, *, padded: bool
-) -> Iterator[list[int]]:
-    """Samples in their order, as many as fit into a micro-batch."""
+def _filled(chosen: list[int], reader: LabelReader, micro_tokens: int) -> Iterator[list[int]]:
+    """Samples in their order, as many as fit into a packed micro-batch."""
     group: list[int] = []
     for sample in chosen:
-        sizes = reader.num_tokens[[*group, sample]]
-        size = len(sizes) * sizes.max() if padded else sizes.sum()
-        if group and size > micro_tokens:
+        if group and reader.num_tokens[[*group, sample]].sum() > micro_tokens:
             yield group
             group = []
         group.append(sample)

@@ -208,7 +208,7 @@ class Distillation:
     """One epoch of forward KL from one teacher, the same for every contender.
 
     Words are Zipf distributed, in texts and in what the teacher expects. It is random otherwise:
-    a function of the last words, made by transformer layers, with the entropy of a language model.
+    a function of the last words, made by transformer layers.
     """
 
     num_samples: int

@@ -176,8 +176,9 @@ def unwrapped(error: BaseException) -> BaseException:
     seen: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in seen:
-        if isinstance(current, DistillError):
-            return type(current)(str(current)) if hasattr(current, "cause") else current
+        cause = getattr(current, "cause", None)
+        if isinstance(current, DistillError) and cause is None:  # with one, it is Ray's copy of it
+            return current
         seen.append(current)
-        current = getattr(current, "cause", None) or current.__cause__
+        current = cause or current.__cause__
     return error

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.cluster import Cluster
+from pipeline.cluster import Cluster, unwrapped
 from pipeline.config import ClusterConfig
-from storage.errors import ConfigError
+from storage.errors import ConfigError, DistillError
 
 
 @pytest.fixture
@@ -101,3 +101,21 @@ def test_workers_are_a_number_or_a_range(workers: object, bounds: tuple[int, int
 def test_several_elastic_students_are_refused() -> None:
     with pytest.raises(ValueError, match="would each reckon with the whole cluster"):
         ClusterConfig.model_validate({"student_workers": {"max": 4}, "students_at_once": 2})
+
+
+def test_an_error_that_came_through_ray_is_the_one_that_was_raised() -> None:
+    class CopyOfRayError(DistillError):
+        """Ray's error of a task is a subclass of what was raised, and prints its traceback."""
+
+        cause: BaseException
+
+    raised = ConfigError("one sentence")
+    copy = CopyOfRayError("Traceback ...")
+    copy.cause = raised
+    outer = RuntimeError("the step failed")
+    outer.__cause__ = copy
+    assert unwrapped(outer) is raised
+    assert unwrapped(copy) is raised
+    assert unwrapped(raised) is raised
+    other = RuntimeError("a bug")
+    assert unwrapped(other) is other
