@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+STAGINGS = 10
+"""Times that a file is staged before its disappearance is an error."""
+
 
 def fsync_directory(directory: Path) -> None:
     """Make renames and new names inside ``directory`` survive a power cut."""
@@ -28,20 +31,32 @@ def create_durably(path: Path, data: bytes) -> bool:
     """
     missing = [parent for parent in path.parents if not parent.is_dir()]
     path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, STAGINGS + 1):
+        try:
+            if not _link_staged(path, data):
+                return False
+            break
+        except FileNotFoundError:  # a collection without grace took the staged file for a leftover
+            if attempt == STAGINGS:
+                raise
+    for directory in (path.parent, *(parent.parent for parent in missing)):
+        fsync_directory(directory)
+    return True
+
+
+def _link_staged(path: Path, data: bytes) -> bool:
+    """Write a staged file and give it its name; False if the name is taken."""
     staged = path.with_name(f"{path.name}#{uuid.uuid4().int % 10**12}")
     try:
         with staged.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        try:
-            os.link(staged, path)
-        except FileExistsError:
-            return False
+        os.link(staged, path)
+    except FileExistsError:
+        return False
     finally:
         staged.unlink(missing_ok=True)
-    for directory in (path.parent, *(parent.parent for parent in missing)):
-        fsync_directory(directory)
     return True
 
 

@@ -1,5 +1,6 @@
 """Local files appear whole or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -70,5 +71,31 @@ def test_a_file_that_cannot_be_flushed_never_appears(
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
+        create_durably(tmp_path / "a", b"data")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_staged_file_that_was_collected_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collection without grace takes what is being written for a leftover of a crash."""
+    link, collected = os.link, []
+
+    def collect_once(staged: Path, path: Path) -> None:
+        if not collected:
+            collected.append(staged)
+            staged.unlink()
+        link(staged, path)
+
+    monkeypatch.setattr(os, "link", collect_once)
+    assert create_durably(tmp_path / "a", b"data") is True
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"data"]
+
+
+def test_a_staged_file_that_always_disappears_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", lambda staged, path: os.stat(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError):
         create_durably(tmp_path / "a", b"data")
     assert list(tmp_path.iterdir()) == []
