@@ -95,7 +95,7 @@ def test_a_staged_file_that_was_collected_is_written_again(
 def test_a_staged_file_that_always_disappears_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "link", lambda staged, path: os.stat(tmp_path / "gone"))
+    monkeypatch.setattr(os, "link", lambda staged, path: (tmp_path / "gone").stat())
     with pytest.raises(FileNotFoundError):
         create_durably(tmp_path / "a", b"data")
     assert list(tmp_path.iterdir()) == []
