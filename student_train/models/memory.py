@@ -87,8 +87,6 @@ class TrainingShape:
     offloads_parameters: bool = False
     """Whether the weights of stage 3 are there too."""
     checkpoints_activations: bool = False
-    loader_bytes: int = 0
-    """Decoded labels that a rank holds, in the memory of the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +187,9 @@ def estimate_memory(model: ModelShape, training: TrainingShape) -> MemoryEstimat
         "activations": _activation_bytes(model, training),
         "loss": _loss_bytes(model, training),
     }
-    host = {"labels": training.loader_bytes}
     moved = [*kept_by_optimizer] if training.offloads_optimizer else []
     moved += ["weights"] if training.offloads_parameters else []
-    host |= {name: device.pop(name) for name in moved}
+    host = {name: device.pop(name) for name in moved}
     return MemoryEstimate(device, host)
 
 

@@ -80,7 +80,7 @@ def test_what_is_offloaded_is_on_the_host() -> None:
     estimate = estimate_memory(SHAPE, training)
     assert estimate.fixed(on_host=False) == BILLION  # gradients
     assert estimate.fixed(on_host=True) == (2 + 2 + 8 + 8) * BILLION // 2
-    assert set(estimate.host) == {"labels", "weights", "float32 copies", "moments"}
+    assert set(estimate.host) == {"weights", "float32 copies", "moments"}
 
 
 def test_activations_follow_the_formula() -> None:
